@@ -1,0 +1,90 @@
+"""Run every benchmark and print one table; ``--write`` puts it into docs/performance.md as well."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import platform
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from .harness import Row, quick, set_quick, table
+
+_PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+_BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
+
+# In the order of the table.
+PATHS = (
+    "repeat_hit",
+    "reordered_hit",
+    "asgi_hit",
+    "wsgi_hit",
+    "passthrough",
+    "streamed_miss",
+    "memory_store",
+    "import_time",
+    "large_prompt",
+    "replay",
+    "disk_hit",
+)
+
+
+def _rows(names: list[str]) -> list[Row]:
+    rows: list[Row] = []
+    for name in names:
+        began = time.perf_counter()
+        module = importlib.import_module(f"benchmarks.{name}")
+        rows += map(_store_row, module.results(quick())) if name == "memory_store" else module.results()
+        print(f"{name}: {time.perf_counter() - began:.0f} s", file=sys.stderr)
+    return rows
+
+
+def _store_row(row: tuple[str, float, float, float, float]) -> Row:
+    # That module stands alone, and names what it measures "ours / floor".
+    name, goal, median, low, high = row
+    ours, _, floor = name.partition(" / ")
+    return Row(f"memory store: {ours}", floor, goal, median, low, high)
+
+
+def _versions() -> str:
+    names = ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "flask")
+    parts = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
+    return f"{', '.join(parts)}; {platform.system()} {platform.machine()}"
+
+
+def _write(text: str) -> None:
+    page = _PAGE.read_text()
+    head, begin, rest = page.partition(_BEGIN)
+    _, end, tail = rest.partition(_END)
+    if not (begin and end):
+        raise SystemExit(f"{_PAGE.name} has no {_BEGIN} ... {_END}")
+    _PAGE.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer rounds: does it run?")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
+    parser.add_argument("only", nargs="*", metavar="PATH", help=f"of {', '.join(PATHS)}")
+    chosen = parser.parse_args()
+    unknown = set(chosen.only) - set(PATHS)
+    if unknown:
+        parser.error(f"no such path: {', '.join(sorted(unknown))}")
+    set_quick(chosen.quick)
+    present = [name for name in PATHS if importlib.util.find_spec(f"benchmarks.{name}")]
+    rows = _rows([name for name in present if not chosen.only or name in chosen.only])
+    text = table(rows)
+    print(text)
+    if chosen.write:
+        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+        _write(f"`{command}` with {_versions()}.\n\n{text}")
+    missed = [row.path for row in rows if row.met is False]
+    if missed:
+        print(f"goals missed: {'; '.join(missed)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The async port: the waits of the asyncio event loop that the caller runs on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+
+__all__ = ["AsyncPort"]
+
+# Tasks that nobody awaits are held here: the loop itself keeps only weak references.
+_background: set[asyncio.Task[object]] = set()
+
+
+class _LoopWaiter:
+    __slots__ = ("_future", "_loop", "_thread")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._future: asyncio.Future[None] = self._loop.create_future()
+
+    def _set(self) -> None:
+        if not self._future.done():
+            self._future.set_result(None)
+
+    def wake(self) -> None:
+        if threading.get_ident() == self._thread:
+            self._set()
+            return
+        try:
+            self._loop.call_soon_threadsafe(self._set)
+        except RuntimeError:  # the loop is closed, and with it the task that waited
+            pass
+
+    async def wait(self) -> None:
+        await self._future
+
+
+class AsyncPort:
+    """Waits on whichever loop is running. Stateless: bound to no loop at import or in ``__init__``."""
+
+    def waiter(self) -> _LoopWaiter:
+        return _LoopWaiter()
+
+    async def call(self, function: Callable[..., object], *args: object) -> object:
+        result = function(*args)
+        return await result if isinstance(result, Awaitable) else result
+
+    async def store(self, store: object, operation: str, *args: object) -> object:
+        method = getattr(store, "a" + operation, None)
+        if method is not None:
+            return await self.call(method, *args)
+        method = getattr(store, operation)
+        # Reads of an inline store take microseconds; its writes may wait for a disk or a lock.
+        if getattr(store, "inline", False) and (operation == "get" or getattr(store, "objects", False)):
+            return await self.call(method, *args)
+        return await asyncio.to_thread(method, *args)
+
+    async def pull(self, function: Callable[[], None]) -> None:
+        # Shielded: a reader that leaves must not leave the function queued and never run.
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, function))
+
+    def spawn(self, work: Callable[[], Coroutine[object, object, object]]) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+        task: asyncio.Task[object] = loop.create_task(work())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+        def cancel() -> None:
+            try:
+                loop.call_soon_threadsafe(task.cancel)
+            except RuntimeError:
+                pass
+
+        return cancel

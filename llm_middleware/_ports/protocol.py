@@ -1,0 +1,40 @@
+"""What the core may ask of the world it runs in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Protocol
+
+__all__ = ["Port", "Waiter"]
+
+
+class Waiter(Protocol):
+    """One wait for one thing. `wake` may come from any thread, before or after `wait`, more than once."""
+
+    def wake(self) -> None: ...
+
+    async def wait(self) -> None: ...
+
+
+class Port(Protocol):
+    """Blocking calls in async clothes, or the event loop's own waits."""
+
+    def waiter(self) -> Waiter:
+        """A waiter for the calling thread or task."""
+        ...
+
+    async def call(self, function: Callable[..., object], *args: object) -> object:
+        """What the host's function returns; awaited where it returns an awaitable."""
+        ...
+
+    async def store(self, store: object, operation: str, *args: object) -> object:
+        """A store's operation (``get``, ``set``, ``delete``, ``flush``, ``close``), on its fitting face."""
+        ...
+
+    async def pull(self, function: Callable[[], None]) -> None:
+        """Run a function that blocks; once begun it runs to its end even where the caller is cancelled."""
+        ...
+
+    def spawn(self, work: Callable[[], Coroutine[object, object, object]]) -> Callable[[], None]:
+        """Run ``work`` beside the caller; the function returned cancels it where that is possible."""
+        ...

@@ -1,0 +1,1 @@
+"""What both fronts share, with no framework in it."""

@@ -1,0 +1,311 @@
+"""One request to a cached endpoint, from its body to its answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Coroutine, Iterable
+from dataclasses import replace
+
+from .._ports.async_ import AsyncPort
+from ..api.front import Front, credentials_scope, identified_scope
+from ..caching.answer import CacheInfo, Found
+from ..caching.flight import DONE, Flight
+from ..caching.headers import IDENTITY, add_info, stream_headers
+from ..caching.lookup import Opened
+from ..caching.plan import Plan
+from ..errors import CacheMissError, InvalidRequestError, LLMMiddlewareError
+from .types import ASGIApp, Message, Receive, Scope, Send
+
+__all__ = ["Exchange"]
+
+logger = logging.getLogger("llm_middleware")
+
+_port = AsyncPort()
+
+
+class Exchange:
+    """The state of one request; nothing of it lives on the middleware."""
+
+    def __init__(
+        self, front: Front, app: ASGIApp, kind: str, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self.front = front
+        self.cache = front.cache
+        self.flow = self.cache._flow
+        self.app = app
+        self.kind = kind
+        self.scope = scope
+        self.receive = receive
+        self.send = send
+        self.body = b""
+
+    def header(self, name: str) -> str:
+        wanted = name.encode("latin-1")
+        return ", ".join(
+            [value.decode("latin-1") for found, value in self.scope["headers"] if found == wanted]
+        )
+
+    async def run(self) -> None:
+        credentials: list[tuple[bytes, bytes]] = []
+        cache_control = content_type = content_encoding = b""
+        for name, value in self.scope["headers"]:
+            if name in IDENTITY:
+                credentials.append((name, value))
+            elif name == b"cache-control":
+                cache_control = cache_control + b", " + value if cache_control else value
+            elif name == b"content-type":
+                content_type = value
+            elif name == b"content-encoding":
+                content_encoding = value.strip().lower()
+            elif name == b"content-length" and value.isdigit() and int(value) > self.front.max_body_bytes:
+                await self._pass_on([], "body-too-large")
+                return
+        if not await self._read():
+            return
+        try:
+            scope = await self._caller(credentials)
+            if scope is None:
+                await self._pass_on([self._request()], "identify-failed")
+                return
+            plan = await self.cache.planner.planned(
+                _port,
+                self.kind,
+                self.body,
+                scope=scope,
+                cache_control=cache_control.decode("latin-1"),
+                content_type=content_type.decode("latin-1"),
+                content_encoding=content_encoding.decode("latin-1"),
+            )
+        except InvalidRequestError as exc:
+            await self._refuse(exc)
+            return
+        await self._answer(plan)
+
+    async def _read(self) -> bool:
+        """The body, unless the client left or sends more than is read: then the app has been called."""
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body = message.get("body", b"")
+            if len(self.body) <= self.front.max_body_bytes:
+                return True
+            await self._pass_on([message], "body-too-large")
+            return False
+        messages, parts, size = [message], [], 0
+        while message["type"] == "http.request":
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self.front.max_body_bytes:
+                await self._pass_on(messages, "body-too-large")
+                return False
+            if not message.get("more_body", False):
+                self.body = b"".join(parts)
+                return True
+            message = await self.receive()
+            messages.append(message)
+        await self._pass_on(messages, "client-disconnected")
+        return False
+
+    async def _caller(self, credentials: list[tuple[bytes, bytes]]) -> str | None:
+        """The scope of the answer; None where the host's ``identify`` failed: then nothing is shared."""
+        if self.cache.settings.share == "all":
+            return ""
+        identify = self.front.identify
+        if identify is None:
+            return credentials_scope(credentials)
+        try:
+            identity = identify(self.scope)
+            return identified_scope(await identity if isinstance(identity, Awaitable) else identity)
+        except Exception as exc:
+            logger.warning("identify failed: %s: %s", type(exc).__name__, exc)
+            return None
+
+    def _request(self, body: bytes | None = None) -> Message:
+        return {"type": "http.request", "body": self.body if body is None else body, "more_body": False}
+
+    # --- without the cache
+
+    async def _pass_on(self, messages: Iterable[Message], reason: str, plan: Plan | None = None) -> None:
+        """Call the app with what was received so far; only the headers tell that the cache was there."""
+        pending = list(messages)[::-1]
+        info = CacheInfo("bypass", None, reason, "bypass")
+        self.flow.tell(plan or Plan(self.kind), info)
+
+        async def receive() -> Message:
+            return pending.pop() if pending else await self.receive()
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = add_info(message.get("headers", ()), info, self.front.profile)
+                message = {**message, "headers": headers}
+            await self.send(message)
+
+        with self.forwarding(plan):
+            await self.app(self.scope, receive, send)
+
+    def forwarding(self, plan: Plan | None) -> _Forwarding:
+        return _Forwarding(self.scope, None if plan is None else plan.forward)
+
+    async def _refuse(self, error: LLMMiddlewareError) -> None:
+        body = error.body()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        info = CacheInfo("bypass", None, error.code, "bypass")
+        headers = add_info(headers, info, self.front.profile)
+        await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
+
+    # --- with it
+
+    async def _answer(self, plan: Plan) -> None:
+        if plan.bypass is not None:
+            forward = self.body if plan.forward is None else plan.forward
+            await self._pass_on([self._request(forward)], plan.bypass, plan)
+            return
+        found = self.flow.now(plan, self.header)
+        if found is not None and found.stale is None:
+            await self.send_found(plan, found)
+            return
+        try:
+            while not await self._slow(plan):
+                pass
+        except CacheMissError as exc:
+            await self._refuse(exc)
+
+    async def _slow(self, plan: Plan) -> bool:
+        """Any way but the fast lane; False where a flight that was joined was abandoned: once more."""
+        from .leader import Leader
+
+        opened = await self.flow.open(_port, plan, self.header)
+        if opened.found is not None:
+            await self.send_found(plan, opened.found)
+            if opened.found.stale == "stale-while-revalidate":
+                self._revalidate(plan)
+            return True
+        assert opened.flight is not None
+        if opened.leads:
+            await Leader(self, plan, opened.flight, opened).run()
+            return True
+        return await self._follow(plan, opened.flight)
+
+    async def send_found(self, plan: Plan, found: Found) -> None:
+        info = CacheInfo(
+            "stale" if found.stale else "hit",
+            plan.key[-64:],
+            found.stale,
+            age=found.age,
+            ttl=found.ttl,
+            tier=found.tier,
+        )
+        self.flow.tell(plan, info)
+        headers = add_info(found.headers, info, self.front.profile)
+        if found.chunks is None:
+            headers.append((b"content-length", b"%d" % len(found.body)))
+            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self.send({"type": "http.response.body", "body": found.body})
+            return
+        await self.send({"type": "http.response.start", "status": 200, "headers": stream_headers(headers)})
+        for chunk in found.chunks:
+            await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _follow(self, plan: Plan, flight: Flight) -> bool:
+        try:
+            done = await self._unless_client_leaves(self._read_along(plan, flight))
+        finally:
+            flight.leave()
+        return done is None or done
+
+    async def _read_along(self, plan: Plan, flight: Flight) -> bool:
+        head = await flight.begun(_port)
+        if head is None:
+            return False
+        if flight.vary is None or any(self.header(name) != value for name, value in flight.vary):
+            # What the leader got was made for its own headers: this request calls for itself.
+            await self._alone(plan)
+            return True
+        info = CacheInfo("collapsed", plan.digest, forward="miss")
+        self.flow.tell(plan, info)
+        headers = add_info(head.headers, info, self.front.profile)
+        if not head.streamed:
+            body = await flight.body(_port)
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
+            headers.append((b"content-length", b"%d" % len(body)))
+            await self.send({"type": "http.response.start", "status": head.status, "headers": headers})
+            await self.send({"type": "http.response.body", "body": body})
+            return True
+        start = {"type": "http.response.start", "status": head.status, "headers": stream_headers(headers)}
+        await self.send(start)
+        async for chunk in flight.read(_port):
+            await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
+        await self.send({"type": "http.response.body", "body": b"", "more_body": False})
+        return True
+
+    async def _alone(self, plan: Plan) -> None:
+        from .leader import Leader
+
+        await Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run(watch=False)
+
+    async def _unless_client_leaves(self, work: Coroutine[object, object, bool]) -> bool | None:
+        """``work``'s result; None where the client left first and it was cancelled."""
+        task = asyncio.ensure_future(work)
+        watch = asyncio.ensure_future(self.client_left())
+        try:
+            await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                return None
+            return task.result()
+        finally:
+            watch.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    async def client_left(self) -> None:
+        """Return when the client has disconnected."""
+        while (await self.receive())["type"] != "http.disconnect":
+            pass
+
+    def _revalidate(self, plan: Plan) -> None:
+        """Refresh a stale entry behind the answer just given; one refresh at a time for each key."""
+        from .leader import Leader
+
+        flights = self.flow.flights
+        guard, leads = flights.join(f"{plan.key}/revalidate")
+        if not leads:
+            guard.leave()
+            return
+
+        async def refresh() -> None:
+            fresh = replace(plan, lookup=False)
+            try:
+                await Leader(self, fresh, flights.solo(plan.key), Opened()).refresh()
+            except Exception as exc:
+                self.flow.reporter.background_failed(plan, exc)
+            finally:
+                guard.end(DONE)
+                flights.land(guard)
+
+        _port.spawn(refresh)
+
+
+class _Forwarding:
+    """While the app runs: a scope whose content-length is that of the body it is given.
+
+    The scope itself is changed and put back, since routers leave what they find in it for the layers outside.
+    """
+
+    def __init__(self, scope: Scope, body: bytes | None) -> None:
+        self._scope = scope
+        self._sent = scope["headers"]
+        self._body = body
+
+    def __enter__(self) -> None:
+        if self._body is not None:
+            size = b"%d" % len(self._body)
+            self._scope["headers"] = [
+                (name, size if name == b"content-length" else value) for name, value in self._sent
+            ]
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._body is not None:
+            self._scope["headers"] = self._sent

@@ -1,0 +1,1 @@
+"""What may be answered from memory, and what is kept."""

@@ -1,0 +1,141 @@
+"""The stored record and its byte codec.
+
+An `Entry` holds an answer in up to two forms: the one given to requests that asked for a plain body
+and the one given to requests that asked for a stream. Bytes on the wire (all integers little-endian):
+
+    magic "LLMC" | version u8 | crc32 u32 of all that follows
+    created f64 | expires f64 | meta length u32 | then per form: body length u32, ends length u32
+    meta (JSON) | plain body | plain ends | stream body | stream ends
+
+A reader accepts exactly its own version with a right checksum and exact lengths; everything else is
+`CorruptEntryError`, which callers treat as a miss. Nothing is ever unpickled or evaluated.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import CorruptEntryError
+from ..types import Headers
+
+__all__ = ["VERSION", "Entry", "Form", "decode", "encode", "entry_size", "pack_ends"]
+
+VERSION = 1
+_MAGIC = b"LLMC"
+_HEAD = struct.Struct("<4sBI")
+_FIXED = struct.Struct("<ddIIIII")
+# What one entry costs beside its payload in a CPython process: objects, key and table slots, measured
+# by benchmarks/memory_store.py. Byte budgets count it so that they hold for small entries too.
+_OVERHEAD = 600
+
+
+@dataclass(slots=True)
+class Form:
+    """One recorded form of an answer.
+
+    ``headers``: end-to-end response headers to replay. ``body``: the whole payload. ``ends``: for an
+    answer that was streamed, the offset after each event or chunk as packed u32; None for a plain body.
+    ``usage``: the recorded request asked for ``stream_options.include_usage``.
+    """
+
+    headers: Headers
+    body: bytes
+    ends: bytes | None = None
+    usage: bool = False
+
+    def chunks(self) -> list[bytes]:
+        """The payload cut where it was cut when it was recorded."""
+        if self.ends is None:
+            return [self.body]
+        start, out = 0, []
+        for end in memoryview(self.ends).cast("I"):
+            out.append(self.body[start:end])
+            start = end
+        return out
+
+
+@dataclass(slots=True)
+class Entry:
+    """An answer as it is kept. Times are seconds since the epoch; ``expires`` ends its freshness."""
+
+    kind: str
+    created: float
+    expires: float
+    plain: Form | None = None
+    stream: Form | None = None
+    model: str | None = None
+    tags: tuple[str, ...] = ()
+    vary: tuple[tuple[str, str], ...] = ()
+
+
+def pack_ends(ends: Sequence[int]) -> bytes:
+    return struct.pack(f"={len(ends)}I", *ends)
+
+
+def entry_size(value: object) -> int:
+    """Bytes that an entry takes in this process, for byte budgets."""
+    assert isinstance(value, Entry)
+    size = _OVERHEAD
+    for form in (value.plain, value.stream):
+        if form is not None:
+            size += len(form.body) + len(form.ends or b"")
+    return size
+
+
+def encode(entry: Entry) -> bytes:
+    """The entry as self-contained bytes."""
+    forms: list[object] = []
+    sizes: list[int] = []
+    parts: list[bytes] = []
+    for form in (entry.plain, entry.stream):
+        if form is None:
+            forms.append(None)
+            sizes += (0, 0)
+            continue
+        headers = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in form.headers]
+        forms.append([headers, form.ends is not None, form.usage])
+        parts += (form.body, form.ends or b"")
+        sizes += (len(form.body), len(form.ends or b""))
+    meta = json.dumps(
+        [entry.kind, entry.model, entry.tags, entry.vary, forms], ensure_ascii=True, separators=(",", ":")
+    ).encode()
+    rest = b"".join((_FIXED.pack(entry.created, entry.expires, len(meta), *sizes), meta, *parts))
+    return _HEAD.pack(_MAGIC, VERSION, zlib.crc32(rest)) + rest
+
+
+def decode(data: bytes) -> Entry:
+    """The entry that `encode` made; `CorruptEntryError` for any other bytes."""
+    try:
+        magic, version, crc = _HEAD.unpack_from(data)
+        if magic != _MAGIC or version != VERSION:
+            raise CorruptEntryError(f"not an entry of version {VERSION}")
+        if zlib.crc32(memoryview(data)[_HEAD.size :]) != crc:
+            raise CorruptEntryError("checksum does not match")
+        created, expires, meta_size, *sizes = _FIXED.unpack_from(data, _HEAD.size)
+        at = _HEAD.size + _FIXED.size
+        if len(data) != at + meta_size + sum(sizes):
+            raise CorruptEntryError("lengths do not add up")
+        kind, model, tags, vary, forms = json.loads(data[at : at + meta_size])
+        at += meta_size
+        decoded: list[Form | None] = []
+        for index, form in enumerate(forms):
+            body_size, ends_size = sizes[2 * index : 2 * index + 2]
+            if form is None:
+                decoded.append(None)
+                continue
+            headers, streamed, usage = form
+            body, ends = data[at : at + body_size], data[at + body_size : at + body_size + ends_size]
+            at += body_size + ends_size
+            pairs = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
+            decoded.append(Form(pairs, body, ends if streamed else None, usage))
+        plain, stream = decoded
+        varied = tuple((name, value) for name, value in vary)
+        return Entry(kind, created, expires, plain, stream, model, tuple(tags), varied)
+    except CorruptEntryError:
+        raise
+    except (struct.error, ValueError, TypeError, AttributeError) as exc:
+        raise CorruptEntryError(f"not an entry: {type(exc).__name__}") from exc

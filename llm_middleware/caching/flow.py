@@ -1,0 +1,71 @@
+"""The flow of one request: look up, join or lead a flight, call, admit, store.
+
+Written once, as coroutines that await only their port; the sync face drives them without an event loop.
+A failure of the store, of a hook or of the host's own predicate is counted and logged, and the request
+goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .._ports.protocol import Port
+from ..errors import CacheMissError
+from ..events import Hook
+from ..types import Clock
+from .fastlane import no_header
+from .flight import ABANDONED, FlightTable
+from .keeper import Keeper
+from .lookup import Header, Lookup, Opened
+from .plan import Plan
+from .reporter import Reporter
+from .settings import CacheSettings
+
+__all__ = ["Flow"]
+
+
+class Flow:
+    """The machinery of one cache: its store, flights, clock, hooks and counters."""
+
+    def __init__(
+        self, settings: CacheSettings, store: object, *, clock: Clock, hooks: Sequence[Hook] = ()
+    ) -> None:
+        self.settings = settings
+        self.store = store
+        self.reporter = Reporter(hooks, str(getattr(store, "tier", "custom")))
+        self.lookup = Lookup(store, clock, self.reporter)
+        self.keeper = Keeper(settings, store, clock, self.reporter)
+        self.flights = FlightTable()
+        self.now = self.lookup.now
+        self.tell = self.reporter.tell
+
+    def update(self, settings: CacheSettings) -> None:
+        """Requests that begin from now on see these settings."""
+        self.settings = self.keeper.settings = settings
+
+    async def open(self, port: Port, plan: Plan, header: Header = no_header) -> Opened:
+        """Find a stored answer, or a flight to join or to lead."""
+        landed = self.flights.landed
+        opened = await self.lookup.look(port, plan, header)
+        if opened.found is not None:
+            return opened
+        if plan.controls.only_if_cached:
+            raise CacheMissError("only-if-cached: no stored answer fits this request")
+        if not (plan.lookup and plan.store):
+            opened.flight, opened.leads = self.flights.solo(plan.key), True
+            return opened
+        flight, leads = self.flights.join(self._flight_key(plan))
+        if leads and self.flights.landed != landed:
+            # A flight ended between our look and our lead: what it stored may answer.
+            opened = await self.lookup.look(port, plan, header)
+            if opened.found is not None:
+                self.flights.land(flight)
+                flight.end(ABANDONED)
+                return opened
+        opened.flight, opened.leads = flight, leads
+        return opened
+
+    @staticmethod
+    def _flight_key(plan: Plan) -> str:
+        # Only those who want the same form can read along: a stream is no plain body.
+        return f"{plan.key}/{plan.stream:d}{plan.usage:d}"

@@ -1,0 +1,375 @@
+"""`CacheManager`: the cache as an app sees it. Faces only: every method has a sync and an async name for the
+same flow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from .._drive import run_sync
+from .._ports.protocol import Port
+from .._ports.sync import SyncPort
+from ..errors import ConfigError
+from ..events import Hook
+from ..types import Clock
+from .answer import Answer, CacheInfo
+from .controls import parse_body
+from .endpoints import kind_of
+from .entry import entry_size
+from .fetch import Call, Fetch, answer_found, recorded
+from .flow import Flow
+from .headers import EVENT_STREAM
+from .keeper import Recorded
+from .ping import ping
+from .plan import Plan
+from .planner import Body, Planner
+from .settings import make_settings
+from .sse import event_ends
+
+__all__ = ["CacheManager"]
+
+T = TypeVar("T")
+
+_SYNC = SyncPort()
+_async_port: Port | None = None
+
+_TYPES = ("local", "disk", "custom")
+
+
+def _async() -> Port:
+    global _async_port
+    if _async_port is None:
+        from .._ports.async_ import AsyncPort  # on first use: it brings asyncio
+
+        _async_port = AsyncPort()
+    return _async_port
+
+
+class CacheManager:
+    """Keeps answers of LLM endpoints and gives them back.
+
+    ``type``: ``"local"`` (this process's memory, the default), ``"disk"`` (``disk_cache_dir``, shared by the
+    processes of this machine) or ``"custom"`` with ``store=`` (a `Store` of your own). All other settings are
+    those of `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an
+    `Event` for everything that happens; ``clock`` gives seconds since the epoch.
+
+    One manager serves threads and event loops at once. Making one opens nothing.
+    """
+
+    def __init__(
+        self,
+        type: str = "local",  # noqa: A002 - the name that LiteLLM's users know
+        *,
+        store: object | None = None,
+        hooks: Sequence[Hook] = (),
+        clock: Clock = time.time,
+        get_cache: Callable[[str], object] | None = None,
+        add_cache: Callable[..., object] | None = None,
+        **settings: object,
+    ) -> None:
+        if store is not None or get_cache is not None or add_cache is not None:
+            type = "custom" if type == "local" else type  # noqa: A001
+        own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
+        self._clock = clock
+        self.settings = make_settings({**settings, "type": type}, known=own)
+        self.get_cache = get_cache
+        self.add_cache = add_cache
+        self._flow = Flow(self.settings, self._store(store), clock=clock, hooks=hooks)
+        self.planner = Planner(self.settings, self._flow.reporter)
+        self._lock = threading.Lock()
+
+    def _store(self, store: object | None) -> object:
+        settings = self.settings
+        if settings.type not in _TYPES:
+            import difflib
+
+            near = difflib.get_close_matches(settings.type, _TYPES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"type: expected one of {list(_TYPES)}, got {settings.type!r}{hint}", param="type"
+            )
+        if settings.type == "custom":
+            if store is not None:
+                return store
+            from ..stores.functions import FunctionStore
+
+            return FunctionStore(self)
+        if store is not None:
+            raise ConfigError("store: goes with type='custom' (or no type) only", param="store")
+        if settings.type == "disk":
+            from ..stores.disk import DiskStore
+
+            return DiskStore(settings.disk_cache_dir, max_bytes=settings.max_bytes, clock=self._clock)
+        from ..stores.memory import MemoryStore
+
+        return MemoryStore(max_bytes=settings.max_bytes, size_of=entry_size, clock=self._clock)
+
+    # --- settings at run time
+
+    @property
+    def enabled(self) -> bool:
+        return self.settings.enabled
+
+    def enable(self) -> None:
+        self.update(enabled=True)
+
+    def disable(self) -> None:
+        """Neither read nor write from now on; what is stored stays."""
+        self.update(enabled=False)
+
+    def update(self, **changes: object) -> None:
+        """Change settings while in use. Requests under way keep those they began with. ``type`` and what
+        belongs to the store cannot change: make a new manager for that."""
+        with self._lock:
+            for name in ("type", "max_bytes", "disk_cache_dir"):
+                if name in changes and changes[name] != getattr(self.settings, name):
+                    raise ConfigError(f"{name}: cannot change in use; make a new CacheManager", param=name)
+            self.settings = make_settings(changes, self.settings)
+            self._flow.update(self.settings)
+            self.planner.update(self.settings)
+
+    # --- planning
+
+    @property
+    def get_cache_key(self) -> Callable[..., object] | None:
+        """The host's own key function, if any; assign one to replace it."""
+        return self.planner.key
+
+    @get_cache_key.setter
+    def get_cache_key(self, function: Callable[..., object] | None) -> None:
+        self.planner.key = function
+
+    def plan(
+        self,
+        kind: str,
+        body: Body,
+        *,
+        scope: str = "",
+        cache_control: str = "",
+        content_type: str = "",
+        content_encoding: str = "",
+        enforced: Mapping[str, object] | None = None,
+    ) -> Plan:
+        """What the cache will do for a request; `InvalidRequestError` where its controls are wrong."""
+        return self.planner.plan(
+            kind,
+            body,
+            scope=scope,
+            cache_control=cache_control,
+            content_type=content_type,
+            content_encoding=content_encoding,
+            enforced=enforced,
+        )
+
+    async def _direct(
+        self,
+        port: Port,
+        kind: str,
+        body: Body,
+        scope: str,
+        controls: Mapping[str, object] | None,
+        caching: bool,
+    ) -> Plan:
+        kind = kind_of(kind, param="kind")
+        enforced = parse_body(controls) if controls else None
+        plan = await self.planner.planned(port, kind, body, scope=scope, enforced=enforced)
+        return plan if caching else replace(plan, bypass="disabled", key="")
+
+    # --- fetch
+
+    def fetch(
+        self,
+        body: Body,
+        call: Call,
+        *,
+        kind: str = "chat",
+        scope: str = "",
+        controls: Mapping[str, object] | None = None,
+        caching: bool = True,
+    ) -> Answer:
+        """Look up, else call and store.
+
+        ``body``: the request, as bytes or as a mapping. ``call(body)`` makes the call; it gets the body as it
+        was given, less its ``cache`` field, and returns bytes, text, JSON values, a model of an SDK, a
+        response of httpx, or an iterator of those for a stream. ``scope``: whose answer it is (a tenant, a
+        user); answers never cross scopes. ``controls``: as in the body's ``cache`` field, and before it.
+        Concurrent identical fetches share one call. What ``call`` raises is raised here.
+        """
+        return run_sync(self._fetch(_SYNC, body, call, kind, scope, controls, caching))
+
+    async def afetch(
+        self,
+        body: Body,
+        call: Call,
+        *,
+        kind: str = "chat",
+        scope: str = "",
+        controls: Mapping[str, object] | None = None,
+        caching: bool = True,
+    ) -> Answer:
+        """`fetch` for async callers; ``call`` may be async and may return an async iterator."""
+        return await self._fetch(_async(), body, call, kind, scope, controls, caching)
+
+    async def _fetch(
+        self,
+        port: Port,
+        body: Body,
+        call: Call,
+        kind: str,
+        scope: str,
+        controls: Mapping[str, object] | None,
+        caching: bool,
+    ) -> Answer:
+        plan = await self._direct(port, kind, body, scope, controls, caching)
+        if plan.bypass is None:
+            found = self._flow.now(plan)
+            if found is not None and found.stale is None:
+                answer = answer_found(plan, found)
+                self._flow.tell(plan, answer.cache)
+                return answer
+        return await Fetch(self._flow, port, plan, call, _forwarded(body, plan)).run()
+
+    # --- get and set
+
+    def get(
+        self, body: Body, *, kind: str = "chat", scope: str = "", controls: Mapping[str, object] | None = None
+    ) -> Answer | None:
+        """The stored answer to this request, or None."""
+        return run_sync(self._get(_SYNC, body, kind, scope, controls))
+
+    async def aget(
+        self, body: Body, *, kind: str = "chat", scope: str = "", controls: Mapping[str, object] | None = None
+    ) -> Answer | None:
+        """`get` for async callers."""
+        return await self._get(_async(), body, kind, scope, controls)
+
+    async def _get(
+        self, port: Port, body: Body, kind: str, scope: str, controls: Mapping[str, object] | None
+    ) -> Answer | None:
+        plan = await self._direct(port, kind, body, scope, controls, True)
+        if plan.bypass is not None or not plan.lookup:
+            return None
+        found = await self._flow.lookup.find(port, plan)
+        answer = None if found is None else answer_found(plan, found)
+        self._flow.tell(plan, CacheInfo("miss", plan.digest) if answer is None else answer.cache)
+        return answer
+
+    def set(
+        self,
+        body: Body,
+        answer: object,
+        *,
+        kind: str = "chat",
+        scope: str = "",
+        controls: Mapping[str, object] | None = None,
+    ) -> str | None:
+        """Store ``answer`` for this request: whatever a ``call`` of `fetch` may return, but a stream as its
+        whole bytes. The cache key, or None where the answer may not be kept."""
+        return run_sync(self._set(_SYNC, body, answer, kind, scope, controls))
+
+    async def aset(
+        self,
+        body: Body,
+        answer: object,
+        *,
+        kind: str = "chat",
+        scope: str = "",
+        controls: Mapping[str, object] | None = None,
+    ) -> str | None:
+        """`set` for async callers."""
+        return await self._set(_async(), body, answer, kind, scope, controls)
+
+    async def _set(
+        self,
+        port: Port,
+        body: Body,
+        answer: object,
+        kind: str,
+        scope: str,
+        controls: Mapping[str, object] | None,
+    ) -> str | None:
+        plan = await self._direct(port, kind, body, scope, controls, True)
+        if plan.bypass is not None:
+            return None
+        record = recorded(answer)
+        if plan.stream and plan.kind != "json":
+            headers = ((b"content-type", EVENT_STREAM),)
+            record = Recorded(200, headers, record.body, event_ends(record.body))
+        info = await self._flow.keeper.settle(port, plan, record)
+        return info.key if info.stored else None
+
+    # --- delete, flush, ping, close
+
+    def delete(self, *keys: str) -> int:
+        """Remove entries by cache key, as ``x-llm-cache-key`` tells it; how many there were."""
+        return run_sync(self._delete(_SYNC, keys))
+
+    async def adelete(self, *keys: str) -> int:
+        """`delete` for async callers."""
+        return await self._delete(_async(), keys)
+
+    async def _delete(self, port: Port, keys: Sequence[str]) -> int:
+        namespace = self.settings.namespace
+        full = [key if ":" in key else f"{namespace}:{key}" for key in keys]
+        return _count(await port.store(self._flow.store, "delete", full))
+
+    def flush(self) -> int:
+        """Remove everything in this manager's namespace, and nothing else; how many entries there were."""
+        return run_sync(self._flush(_SYNC))
+
+    async def aflush(self) -> int:
+        """`flush` for async callers."""
+        return await self._flush(_async())
+
+    async def _flush(self, port: Port) -> int:
+        return _count(await port.store(self._flow.store, "flush", self.settings.namespace))
+
+    def ping(self) -> dict[str, object]:
+        """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``. Raises what
+        the store raises."""
+        return run_sync(self._ping(_SYNC))
+
+    async def aping(self) -> dict[str, object]:
+        """`ping` for async callers."""
+        return await self._ping(_async())
+
+    async def _ping(self, port: Port) -> dict[str, object]:
+        return await ping(port, self._flow, self.settings.namespace, self._clock())
+
+    def stats(self) -> dict[str, object]:
+        """Counters since the start, by event name, and the sizes of the memory store."""
+        store = self._flow.store
+        sizes = {"entries": len(store), "bytes": store.bytes} if self._flow.lookup.objects else {}  # type: ignore[arg-type, attr-defined]
+        return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes}
+
+    def close(self) -> None:
+        """Release what the store holds; the manager opens it again when it is used again."""
+        run_sync(self._close(_SYNC))
+
+    async def aclose(self) -> None:
+        """`close` for async callers."""
+        await self._close(_async())
+
+    async def _close(self, port: Port) -> None:
+        await port.store(self._flow.store, "close")
+
+    def cached(self, function: Callable[..., T] | None = None, **options: object) -> object:
+        """Decorate a function, coroutine, generator or async generator: see `llm_middleware.cached`."""
+        from .decorator import cached
+
+        return cached(function, cache=self, **options)  # type: ignore[call-overload]
+
+
+def _count(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _forwarded(body: Body, plan: Plan) -> object:
+    """The body for the host's call: as it was given, less ``cache``."""
+    if isinstance(body, bytes):
+        return body if plan.forward is None else plan.forward
+    return {name: value for name, value in body.items() if name != "cache"} if "cache" in body else body

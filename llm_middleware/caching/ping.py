@@ -1,0 +1,31 @@
+"""`ping`: a round trip through the real store."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from .._ports.protocol import Port
+from .entry import Entry, Form, decode, encode
+from .flow import Flow
+
+__all__ = ["ping"]
+
+
+async def ping(port: Port, flow: Flow, namespace: str, now: float) -> dict[str, object]:
+    """Write, read and delete a probe; ``status`` (``healthy``/``unhealthy``), ``tier`` and ``latency_ms``.
+    Raises what the store raises."""
+    key = f"{namespace}:{os.urandom(32).hex()}"
+    probe = Entry("json", now, now + 60, Form((), b"probe"))
+    began = time.perf_counter()
+    await port.store(flow.store, "set", key, probe if flow.lookup.objects else encode(probe), 60.0)
+    value = await port.store(flow.store, "get", key)
+    await port.store(flow.store, "delete", [key])
+    taken = time.perf_counter() - began
+    entry = value if isinstance(value, Entry) or value is None else decode(value)  # type: ignore[arg-type]
+    healthy = entry is not None and entry.plain is not None and entry.plain.body == b"probe"
+    return {
+        "status": "healthy" if healthy else "unhealthy",
+        "tier": flow.reporter.tier,
+        "latency_ms": round(taken * 1e3, 3),
+    }

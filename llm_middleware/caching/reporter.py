@@ -1,0 +1,60 @@
+"""`Reporter`: tells hooks, counters and the log what the cache does; what fails in it stays in it."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Sequence
+
+from ..events import Event, Hook
+from .answer import CacheInfo
+from .plan import Plan
+
+__all__ = ["Reporter"]
+
+logger = logging.getLogger("llm_middleware")
+
+
+class Reporter:
+    """``tier``: the name of the store that is reported on."""
+
+    def __init__(self, hooks: Sequence[Hook], tier: str) -> None:
+        self.hooks = tuple(hooks)
+        self.tier = tier
+        self.counts: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    def emit(self, event: Event) -> None:
+        with self._lock:
+            self.counts[event.name] += 1
+        for hook in self.hooks:
+            try:
+                hook(event)
+            except Exception:
+                with self._lock:
+                    self.counts["hook-error"] += 1
+                    first = self.counts["hook-error"] == 1
+                if first:
+                    logger.exception("a cache hook failed; further failures are only counted")
+
+    def tell(self, plan: Plan, info: CacheInfo) -> None:
+        """One event about an answer given."""
+        hit = info.status in ("hit", "stale")
+        name = "hit" if hit else info.status
+        self.emit(
+            Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)
+        )
+
+    def store_failed(self, plan_kind: str, key: str, error: BaseException) -> None:
+        with self._lock:
+            first = self.counts["store-error"] == 0
+        self.emit(Event("store-error", plan_kind, key, tier=self.tier, error=error))
+        (logger.warning if first else logger.debug)(
+            "cache store %s failed: %s: %s", self.tier, type(error).__name__, error
+        )
+
+    def background_failed(self, plan: Plan, error: BaseException) -> None:
+        """A refresh behind a stale answer failed; the stale answer stays."""
+        self.emit(Event("refresh-error", plan.kind, plan.digest, model=plan.model, error=error))
+        logger.warning("a background refresh failed: %s: %s", type(error).__name__, error)

@@ -1,0 +1,212 @@
+"""`CacheSettings`: every setting of a `CacheManager`, checked once and then frozen."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from ..errors import ConfigError, InvalidRequestError
+from .admission import REASONS
+from .controls import parse_body
+from .endpoints import kind_of
+
+__all__ = ["CacheSettings", "make_settings"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """The settings of one cache. Sizes are bytes, times are seconds.
+
+    ``kinds``: the endpoint kinds that are cached (None: all). ``controls``: the settings' own controls in the
+    form that requests' controls have. ``policy``: reason code to whether such answers are stored.
+    """
+
+    type: str = "local"
+    enabled: bool = True
+    ttl: float | None = 3600.0
+    ttl_jitter: float = 0.05
+    stale_while_revalidate: float = 0.0
+    stale_if_error: float = 0.0
+    namespace: str = "llm"
+    mode: str = "default_on"
+    supported_call_types: tuple[str, ...] | None = None
+    share: str = "caller"
+    ignore_fields: tuple[str, ...] = ()
+    image_content: Callable[[str], bytes | str | None] | None = None
+    key: Callable[..., object] | None = None
+    admit: Callable[..., object] | None = None
+    admission: Mapping[str, bool] = field(default_factory=dict)
+    secret: bytes | None = None
+    on_disconnect: str = "auto"
+    max_bytes: int = 256 * _MIB
+    max_entry_bytes: int = 8 * _MIB
+    max_body_bytes: int = 10 * _MIB
+    disk_cache_dir: str = ".llm_cache"
+    kinds: frozenset[str] | None = field(default=None, init=False)
+    controls: Mapping[str, object] = field(default_factory=dict, init=False)
+    policy: Mapping[str, bool] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):
+            check = _CHECKS.get(setting.name)
+            if check is not None:
+                object.__setattr__(self, setting.name, check(setting.name, getattr(self, setting.name)))
+        kinds = self.supported_call_types
+        if kinds is not None:
+            object.__setattr__(
+                self, "kinds", frozenset(kind_of(name, param="supported_call_types") for name in kinds)
+            )
+        controls = {
+            "ttl": self.ttl,
+            "stale_while_revalidate": self.stale_while_revalidate,
+            "stale_if_error": self.stale_if_error,
+        }
+        object.__setattr__(self, "controls", MappingProxyType(controls))
+        object.__setattr__(self, "policy", MappingProxyType({**REASONS, **self.admission}))
+
+
+def _fail(name: str, expected: str, value: object) -> ConfigError:
+    return ConfigError(f"{name}: expected {expected}, got {value!r}", param=name)
+
+
+def _number(expected: str, low: float, high: float) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
+        number = value
+        if isinstance(value, str):
+            try:
+                number = float(value)
+            except ValueError:
+                raise _fail(name, expected, value) from None
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
+            raise _fail(name, expected, value)
+        return float(number)
+
+    return check
+
+
+def _ttl(name: str, value: object) -> object:
+    return None if value is None else _number("seconds >= 0 or None", 0, math.inf)(name, value)
+
+
+def _bytes(name: str, value: object) -> object:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise _fail(name, "a number of bytes >= 0", value)
+    return value
+
+
+def _choice(*choices: str) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
+        if value not in choices:
+            near = difflib.get_close_matches(str(value), choices, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}", param=name)
+        return value
+
+    return check
+
+
+def _names(name: str, value: object) -> object:
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise _fail(name, "a list of names", value)
+    names = tuple(value)
+    if not all(isinstance(item, str) for item in names):
+        raise _fail(name, "a list of names", value)
+    return names
+
+
+def _names_or_none(name: str, value: object) -> object:
+    return None if value is None else _names(name, value)
+
+
+def _boolean(name: str, value: object) -> object:
+    if not isinstance(value, bool):
+        raise _fail(name, "True or False", value)
+    return value
+
+
+def _text(name: str, value: object) -> object:
+    if not isinstance(value, str) or not value:
+        raise _fail(name, "a string that is not empty", value)
+    return value
+
+
+def _path(name: str, value: object) -> object:
+    return _text(name, str(value) if isinstance(value, Path) else value)
+
+
+def _secret(name: str, value: object) -> object:
+    if isinstance(value, str):
+        value = value.encode()
+    if value is not None and (not isinstance(value, bytes) or not value):
+        raise _fail(name, "bytes or a string that is not empty", "...")  # never show a secret
+    return value
+
+
+def _function(name: str, value: object) -> object:
+    if value is not None and not callable(value):
+        raise _fail(name, "a function", value)
+    return value
+
+
+def _policy(name: str, value: object) -> object:
+    if not isinstance(value, Mapping):
+        raise _fail(name, "a mapping of reason code to True or False", value)
+    for reason, stored in value.items():
+        _choice(*REASONS)(f"{name}.{reason}", reason)
+        _boolean(f"{name}.{reason}", stored)
+    return MappingProxyType(dict(value))
+
+
+_seconds = _number("seconds >= 0", 0, math.inf)
+
+_CHECKS: Mapping[str, Callable[[str, object], object]] = {
+    "enabled": _boolean,
+    "ttl": _ttl,
+    "ttl_jitter": _number("a share from 0 to 1", 0, 1),
+    "stale_while_revalidate": _seconds,
+    "stale_if_error": _seconds,
+    "namespace": _text,
+    "mode": _choice("default_on", "default_off"),
+    "supported_call_types": _names_or_none,
+    "share": _choice("caller", "all"),
+    "ignore_fields": _names,
+    "image_content": _function,
+    "key": _function,
+    "admit": _function,
+    "admission": _policy,
+    "secret": _secret,
+    "on_disconnect": _choice("auto", "cancel", "finish"),
+    "max_bytes": _bytes,
+    "max_entry_bytes": _bytes,
+    "max_body_bytes": _bytes,
+    "disk_cache_dir": _path,
+}
+
+_NAMES = tuple(setting.name for setting in fields(CacheSettings) if setting.init)
+
+
+def make_settings(
+    changes: Mapping[str, object], base: CacheSettings | None = None, *, known: tuple[str, ...] = ()
+) -> CacheSettings:
+    """``base`` (or the defaults) with ``changes``. `ConfigError` names an unknown setting and the nearest
+    valid one; ``known`` lists names that the caller takes itself, so that they are suggested too."""
+    for name in changes:
+        if name not in _NAMES:
+            near = difflib.get_close_matches(name, (*_NAMES, *known), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown cache setting {name!r}{hint}", param=name)
+    return replace(base, **changes) if base is not None else CacheSettings(**changes)  # type: ignore[arg-type]
+
+
+def check_controls(value: object, *, param: str) -> dict[str, object]:
+    """Controls given as configuration; a wrong one is a `ConfigError`."""
+    try:
+        return parse_body(value, field=param)
+    except InvalidRequestError as exc:
+        raise ConfigError(exc.message, param=exc.param) from exc

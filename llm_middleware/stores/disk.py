@@ -1,0 +1,400 @@
+"""The disk tier: `diskcache <https://grantjenks.com/docs/diskcache/>`_ without its pickle.
+
+diskcache unpickles what it finds (CVE-2025-69872), so whoever may write to the directory runs code in the
+process that reads it. Here only ``bytes`` under ``str`` keys are written, and a row that says anything else
+is a `CorruptEntryError`: it is never opened, let alone unpickled, and never names a file elsewhere.
+
+Two handles per process, both shared by all threads and re-made after a fork:
+
+* the *reader* never waits: not for a writer (SQLite's write-ahead log lets both work side by side) and not
+  for a lock of any other kind, which it reports as `StoreError` at once. It creates and changes nothing.
+* the *writer* is the diskcache, opened by the first write. It waits ``timeout`` seconds for other writers.
+
+When an entry is over is decided by the store's own clock, kept in diskcache's ``tag`` column; diskcache's
+own expiry follows the system's clock and serves to clear up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import ConfigError, CorruptEntryError, StoreError
+from ..types import Clock
+
+__all__ = ["DiskStore"]
+
+_RAW: Final = 1  # diskcache's MODE_RAW: the value is in the row
+_FILE: Final = 2  # diskcache's MODE_BINARY: the value is a file of its own
+_VALUE_FILE: Final = re.compile(r"[0-9a-f]{2}[/\\][0-9a-f]{2}[/\\][0-9a-f]{28}\.val")
+_BATCH: Final = 256  # rows removed per transaction, so that other writers get their turn
+_DIGITS: Final = 65  # a key ends in ":" and 64 hex digits
+_WAL_BYTES: Final = 4 * 2**20  # what the write-ahead log is cut back to
+_ORPHAN_AGE: Final = 3600.0  # seconds; no writer takes that long from a value file to its row
+
+_READ: Final = "SELECT mode, filename, value, tag FROM Cache WHERE key = ? AND raw = 1"
+_FIND: Final = "SELECT rowid, filename, tag FROM Cache WHERE key = ? AND raw = 1"
+# ";" follows ":" in ASCII, so the range holds the namespace's keys and those of longer ones ("a", "a:b").
+_IN_NAMESPACE: Final = (
+    "SELECT rowid, filename, tag FROM Cache WHERE key >= ? || ':' AND key < ? || ';' AND raw = 1"
+    f" AND substr(key, 1, length(key) - {_DIGITS}) = ? LIMIT {_BATCH}"
+)
+_OLDEST: Final = (
+    "SELECT rowid, filename, COALESCE(size, 0) + COALESCE(LENGTH(value), 0) FROM Cache"
+    f" ORDER BY store_time, rowid LIMIT {_BATCH}"
+)
+_EXPIRED: Final = f"SELECT rowid, filename, tag FROM Cache WHERE expire_time < ? LIMIT {_BATCH}"
+_ANY_EXPIRED: Final = "SELECT 1 FROM Cache WHERE expire_time < ? LIMIT 1"
+
+
+class DiskStore:
+    """Answers in a directory, shared by every process on this machine and kept when they end.
+
+    ``directory`` is created with mode 0700 by the first write; keep one that exists as closed as that, and
+    on a local disk. ``max_bytes`` bounds the database and its value files; the oldest entries go first.
+    ``timeout``: seconds a write waits for another. ``clock`` gives seconds since the epoch.
+
+    Reads answer in microseconds and never wait, so they may be made on an event loop as soon as `inline`
+    says so; everything else belongs in a worker thread there. Needs the ``disk`` extra: `ConfigError`
+    without it. All methods raise `StoreError` where the disk or the database fails.
+    """
+
+    tier = "disk"
+
+    def __init__(
+        self,
+        directory: str | Path,
+        *,
+        max_bytes: int = 2**30,
+        timeout: float = 0.25,
+        clock: Clock = time.time,
+    ) -> None:
+        if max_bytes < 1:
+            raise ConfigError("max_bytes must be at least 1", param="max_bytes")
+        self.directory = Path(os.path.expandvars(directory)).expanduser().absolute()
+        self.max_bytes = max_bytes
+        self._database = self.directory / "cache.db"
+        self._timeout = timeout
+        self._clock = clock
+        self._cache_type = _cache_type()
+        self._handles = _Handles()
+
+    @property
+    def inline(self) -> bool:
+        """Whether `get` may be called on an event loop: the reader is open in this process."""
+        handles = self._handles
+        return handles.reader is not None and handles.pid == os.getpid()
+
+    def get(self, key: str) -> bytes | None:
+        """The bytes under ``key``, or None where there are none or their time is over. Never waits.
+
+        `CorruptEntryError` for a row that this class did not write.
+        """
+        try:
+            rows = self._read(key)
+            if not rows:
+                return None
+            mode, filename, value, expires = rows[0]
+            if not isinstance(expires, float | None):
+                raise CorruptEntryError("a row whose expiry this store did not write")
+            if not _is_alive(expires, self._clock()):
+                return None
+            return _fetch(self.directory, mode, filename, value)
+        except FileNotFoundError:  # replaced or evicted since the row was read
+            return None
+        except (sqlite3.Error, OSError) as exc:
+            raise StoreError(f"disk cache cannot be read: {exc}") from exc
+
+    def set(self, key: str, value: bytes, ttl: float | None) -> None:
+        """Keep ``value`` for ``ttl`` seconds (None: until evicted), replacing what was there.
+
+        A value that cannot be kept, being larger than the store or out of time, still removes the old one.
+        """
+        with self._writing() as cache:
+            if len(value) > self.max_bytes or (ttl is not None and ttl <= 0):
+                self._take(cache, _FIND, key)
+                return
+            expires = None if ttl is None else float(self._clock() + ttl)
+            cache.set(key, value, expire=ttl, tag=expires)
+            self._trim(cache)
+
+    def delete(self, keys: Sequence[str]) -> int:
+        """Remove ``keys``, each in a transaction of its own; how many were there and alive."""
+        with self._writing() as cache:
+            return sum(self._take(cache, _FIND, key)[1] for key in keys)
+
+    def flush(self, namespace: str) -> int:
+        """Remove every key of exactly this namespace; how many were alive.
+
+        Works in batches, so that other writers get their turn: a failure half-way leaves the rest.
+        """
+        removed, alive = 1, 0
+        with self._writing() as cache:
+            while removed:
+                removed, counted = self._take(cache, _IN_NAMESPACE, namespace, namespace, namespace)
+                alive += counted
+        return alive
+
+    def close(self) -> None:
+        """Close this process's connections. The next call opens them again."""
+        handles = self._mine()
+        with handles.writing:
+            if handles.cache is not None:
+                handles.cache.close()
+            handles.cache = None
+        with handles.reading:
+            if handles.reader is not None:
+                handles.reader.close()
+            handles.reader = None
+
+    def _mine(self) -> _Handles:
+        """This process's handles. SQLite forbids a child even to close what its parent opened."""
+        handles = self._handles
+        if handles.pid != os.getpid():
+            _INHERITED.append(handles)
+            handles = self._handles = _Handles()
+        return handles
+
+    def _read(self, key: str) -> list[tuple[object, object, object, object]]:
+        handles = self._mine()
+        with handles.reading:
+            if handles.reader is None:
+                handles.reader = self._open_reader()
+            return [] if handles.reader is None else handles.reader.execute(_READ, (key,)).fetchall()
+
+    def _open_reader(self) -> sqlite3.Connection | None:
+        """A connection that cannot write and does not wait; None while there is nothing to read."""
+        if not self._database.exists():
+            return None
+        reader = _connect(f"{self._database.as_uri()}?mode=rw", timeout=0)
+        try:
+            reader.execute("PRAGMA query_only = 1")
+            if reader.execute("SELECT 1 FROM sqlite_master WHERE name = 'Cache'").fetchall():
+                return reader
+        except BaseException:
+            reader.close()
+            raise
+        reader.close()
+        return None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[Any]:
+        """The diskcache, opened if need be, for one thread at a time; its errors become `StoreError`."""
+        handles = self._mine()
+        if not handles.writing.acquire(timeout=self._timeout):
+            raise StoreError(f"disk cache is busy: no turn to write within {self._timeout} s")
+        try:
+            if handles.cache is None:
+                handles.cache = self._open_cache()
+            yield handles.cache
+        except StoreError:
+            raise
+        except Exception as exc:  # any: diskcache trusts the settings in the database, which may be planted
+            reason = str(exc) or f"no turn to write within {self._timeout} s"  # diskcache.Timeout is mute
+            raise StoreError(f"disk cache cannot be written: {reason}") from exc
+        finally:
+            handles.writing.release()
+
+    def _open_cache(self) -> Any:
+        self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        cache = self._cache_type(str(self.directory), self._timeout, self.max_bytes)
+        self._remove_orphans(cache)
+        return cache
+
+    def _remove_orphans(self, cache: Any) -> None:
+        """Value files whose writer was killed before their row was written: no size limit counts them."""
+        known = {str(filename) for (filename,) in cache.sql("SELECT filename FROM Cache")}
+        before = time.time() - _ORPHAN_AGE
+        for path in self.directory.glob("??/??/*.val"):
+            with contextlib.suppress(OSError):
+                if str(path.relative_to(self.directory)) not in known and path.stat().st_mtime < before:
+                    path.unlink()
+
+    def _take(self, cache: Any, select: str, *values: object) -> tuple[int, int]:
+        """Remove the selected rows and their files; how many there were and how many of them alive."""
+        now = self._clock()
+        with cache.transact():
+            rows = cache.sql(select, *values)
+            cache.sql(_remove_rows(row[0] for row in rows))
+        cache.remove_files(row[1] for row in rows)
+        return len(rows), sum(_is_alive(row[2], now) for row in rows)
+
+    def _trim(self, cache: Any) -> None:
+        """Remove rows that are over, then the oldest, until database and files fit ``max_bytes``."""
+        now = time.time()
+        if cache.sql(_ANY_EXPIRED, now):
+            self._take(cache, _EXPIRED, now)
+        while (excess := cache.volume() - self.max_bytes) > 0:
+            with cache.transact():
+                doomed = _first_of_size(cache.sql(_OLDEST), excess)
+                cache.sql(_remove_rows(rowid for rowid, _ in doomed))
+            cache.remove_files(filename for _, filename in doomed)
+            if not doomed:  # the empty tables alone are larger
+                return
+
+
+class _Handles:
+    """The two connections of one process, and the locks that let its threads share them."""
+
+    def __init__(self) -> None:
+        self.pid = os.getpid()
+        self.reading = threading.Lock()
+        self.writing = threading.Lock()
+        self.reader: sqlite3.Connection | None = None
+        self.cache: Any = None  # diskcache is untyped
+
+
+_INHERITED: Final[list[_Handles]] = []
+
+
+@functools.cache
+def _cache_type() -> Callable[[str, float, int], Any]:
+    """diskcache, made safe. Its classes can only be derived from once it is known to be installed."""
+    try:
+        import diskcache
+    except ImportError as exc:
+        raise ConfigError("a disk cache needs diskcache: pip install 'llm-middleware[disk]'") from exc
+    return _shared_cache(diskcache.Cache, _bytes_disk(diskcache.Disk))
+
+
+def _bytes_disk(base: type) -> type:
+    class BytesDisk(base):  # type: ignore[misc]
+        """Writes bytes under str and reads nothing else: each method that might pickle is replaced."""
+
+        def put(self, key: object) -> tuple[str, bool]:
+            if type(key) is not str:
+                raise StoreError(f"the disk keeps bytes by str, not by {type(key).__name__}")
+            return key, True
+
+        def get(self, key: object, raw: object) -> str:
+            if type(key) is not str or not raw:
+                raise CorruptEntryError("a key that this store did not write")
+            return key
+
+        def store(self, value: object, read: bool, key: object = None) -> object:
+            if type(value) is not bytes or read:
+                raise StoreError(f"the disk keeps bytes, not {type(value).__name__}")
+            return super().store(value, False, key=key)
+
+        def fetch(self, mode: object, filename: object, value: object, read: bool) -> bytes:
+            return _fetch(Path(self._directory), mode, filename, value)
+
+        def remove(self, file_path: object) -> None:
+            if _is_value_file(file_path):  # a planted row must not name a file elsewhere
+                super().remove(file_path)
+
+    return BytesDisk
+
+
+def _shared_cache(base: type, disk: type) -> Callable[[str, float, int], Any]:
+    class SharedCache(base):  # type: ignore[misc]
+        """One connection for all threads, where diskcache opens one for each, and no minute of retries.
+
+        The caller sees to it that one thread uses it at a time.
+        """
+
+        def __init__(self, directory: str, timeout: float, max_bytes: int) -> None:
+            self._patience = timeout
+            self._shared: sqlite3.Connection | None = None
+            try:
+                super().__init__(directory, timeout, disk, size_limit=max_bytes, **_SETTINGS)
+            except BaseException:
+                self.close()
+                raise
+
+        @property
+        def _con(self) -> sqlite3.Connection:
+            if self._shared is None:
+                path = os.path.join(self._directory, "cache.db")
+                self._shared = _connect(path, self._patience)
+                for pragma in _PRAGMAS:
+                    self._shared.execute(f"PRAGMA {pragma}").fetchall()
+            return self._shared
+
+        @property
+        def _sql_retry(self) -> Callable[..., sqlite3.Cursor]:
+            return self._con.execute
+
+        def close(self) -> None:
+            if self._shared is not None:
+                self._shared.close()
+                self._shared = None
+
+        def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
+            return self._con.execute(statement, values).fetchall()
+
+        def remove_files(self, filenames: Iterable[object]) -> None:
+            for filename in filenames:
+                self._disk.remove(filename)
+
+    return SharedCache
+
+
+def _connect(database: str, timeout: float) -> sqlite3.Connection:
+    """In autocommit mode, for any thread; ``database`` is a path or a ``file:`` URI."""
+    return sqlite3.connect(database, uri=True, timeout=timeout, isolation_level=None, check_same_thread=False)
+
+
+# Made explicit because diskcache otherwise takes them from the database, where they may have been planted.
+# Reads write nothing, culling is `DiskStore._trim`'s, and a mapped file that shrinks would end the process.
+_SETTINGS: Final[dict[str, int | str]] = {
+    "statistics": 0,
+    "tag_index": 0,
+    "eviction_policy": "least-recently-stored",
+    "cull_limit": 0,
+    "sqlite_auto_vacuum": 1,
+    "sqlite_cache_size": 2048,
+    "sqlite_journal_mode": "wal",
+    "sqlite_mmap_size": 0,
+    "sqlite_synchronous": 1,
+    "disk_min_file_size": 2**15,
+    "disk_pickle_protocol": 4,
+}
+# Per connection; the order matters, as a journal mode ends the time in which auto_vacuum can be chosen.
+_PRAGMAS: Final = (
+    "auto_vacuum = 1",
+    "journal_mode = wal",
+    "synchronous = 1",
+    "mmap_size = 0",
+    f"journal_size_limit = {_WAL_BYTES}",
+)
+
+
+def _fetch(directory: Path, mode: object, filename: object, value: object) -> bytes:
+    """The value of a row; `CorruptEntryError` for one of any other kind than this module writes."""
+    if mode == _RAW and type(value) is bytes:
+        return value
+    if mode == _FILE and _is_value_file(filename):
+        return (directory / str(filename)).read_bytes()
+    raise CorruptEntryError(f"a row of mode {mode!r} that this store did not write")
+
+
+def _is_value_file(filename: object) -> bool:
+    return type(filename) is str and _VALUE_FILE.fullmatch(filename) is not None
+
+
+def _is_alive(expires: object, now: float) -> bool:
+    return not isinstance(expires, float) or expires > now
+
+
+def _remove_rows(rowids: Iterable[object]) -> str:
+    return f"DELETE FROM Cache WHERE rowid IN ({','.join(str(rowid) for rowid in rowids)})"
+
+
+def _first_of_size(rows: Sequence[tuple[object, ...]], size: int) -> list[tuple[object, object]]:
+    """The first rows that together take ``size`` bytes."""
+    chosen: list[tuple[object, object]] = []
+    for rowid, filename, taken in rows:
+        if size <= 0:
+            break
+        chosen.append((rowid, filename))
+        size -= taken if isinstance(taken, int) else 0
+    return chosen

@@ -1,0 +1,351 @@
+"""One request to a cached endpoint, from its body to its answer (PEP 3333)."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Protocol
+
+from .._drive import iter_sync, run_sync
+from .._ports.sync import SyncPort
+from ..api.front import Front, credentials_scope, identified_scope
+from ..caching.answer import CacheInfo, Found
+from ..caching.flight import DONE, Flight, FlightReader
+from ..caching.headers import Pairs, add_info, as_text, stream_headers
+from ..caching.lookup import Opened
+from ..caching.plan import Plan
+from ..errors import CacheMissError, InvalidRequestError, LLMMiddlewareError
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
+
+__all__ = ["Body", "Exchange", "status_line"]
+
+logger = logging.getLogger("llm_middleware")
+
+_port = SyncPort()
+
+_CREDENTIALS = (
+    ("HTTP_AUTHORIZATION", b"authorization"),
+    ("HTTP_COOKIE", b"cookie"),
+    ("HTTP_X_API_KEY", b"x-api-key"),
+)
+
+
+class _Readable(Protocol):
+    def read(self, size: int = -1, /) -> bytes: ...
+
+
+class Body:
+    """A response body: an iterable, and what to do when the server closes it."""
+
+    def __init__(self, chunks: Iterable[bytes], close: Callable[[], object] | None = None) -> None:
+        self._iterator = iter(chunks)
+        self._close = close
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._iterator
+
+    def close(self) -> None:
+        close, self._close = self._close, None
+        if close is not None:
+            close()
+
+
+class _Chain:
+    """What was read of a request body, and then the rest of it."""
+
+    def __init__(self, head: bytes, rest: _Readable) -> None:
+        self._head = io.BytesIO(head)
+        self._rest = rest
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._head.read(size)
+        if size < 0:
+            return data + self._rest.read()
+        return data if data or size == 0 else self._rest.read(size)
+
+    def readline(self, size: int = -1) -> bytes:
+        line = self._head.readline(size)
+        if line.endswith(b"\n") or (0 <= size <= len(line)):
+            return line
+        rest: bytes = self._rest.readline(size - len(line) if size >= 0 else -1)  # type: ignore[attr-defined]
+        return line + rest
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self.readline, b"")
+
+    def readlines(self, hint: int = -1) -> list[bytes]:
+        return list(self)
+
+
+def status_line(status: int) -> str:
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return f"{status} Unknown"
+
+
+class Exchange:
+    """The state of one request; nothing of it lives on the middleware."""
+
+    def __init__(
+        self,
+        front: Front,
+        app: WSGIApplication,
+        kind: str,
+        environ: WSGIEnvironment,
+        start_response: StartResponse,
+    ) -> None:
+        self.front = front
+        self.cache = front.cache
+        self.flow = self.cache._flow
+        self.app = app
+        self.kind = kind
+        self.environ = environ
+        self.start_response = start_response
+        self.body = b""
+
+    def header(self, name: str) -> str:
+        name = name.upper().replace("-", "_")
+        if name not in ("CONTENT_TYPE", "CONTENT_LENGTH"):
+            name = "HTTP_" + name
+        return str(self.environ.get(name, ""))
+
+    def run(self) -> Iterable[bytes]:
+        reason = self._read()
+        if reason is not None:
+            return self._pass_on(reason)
+        environ = self.environ
+        try:
+            scope = self._caller()
+            if scope is None:
+                self.give(self.body)
+                return self._pass_on("identify-failed")
+            plan = run_sync(
+                self.cache.planner.planned(
+                    _port,
+                    self.kind,
+                    self.body,
+                    scope=scope,
+                    cache_control=environ.get("HTTP_CACHE_CONTROL", ""),
+                    content_type=environ.get("CONTENT_TYPE", ""),
+                    content_encoding=environ.get("HTTP_CONTENT_ENCODING", "").strip().lower(),
+                )
+            )
+        except InvalidRequestError as exc:
+            return self._refuse(exc)
+        return self._answer(plan)
+
+    # --- the request body
+
+    def _read(self) -> str | None:
+        """Read the body; the reason code where the app must read it itself."""
+        environ, limit = self.environ, self.front.max_body_bytes
+        length = environ.get("CONTENT_LENGTH") or "0"
+        if not length.isdigit():
+            return "unparsable-body"
+        size, stream = int(length), environ["wsgi.input"]
+        if size > limit:
+            return "body-too-large"
+        if size:
+            self.body = _read_exactly(stream, size)
+            if len(self.body) < size:
+                environ["wsgi.input"] = io.BytesIO(self.body)
+                return "client-disconnected"
+        elif environ.get("wsgi.input_terminated"):
+            # Chunked: the length is not known before the end.
+            self.body = _read_exactly(stream, limit + 1)
+            if len(self.body) > limit:
+                environ["wsgi.input"] = _Chain(self.body, stream)
+                return "body-too-large"
+        return None
+
+    def give(self, body: bytes) -> None:
+        """The body that the app reads."""
+        self.environ["wsgi.input"] = io.BytesIO(body)
+        self.environ["CONTENT_LENGTH"] = str(len(body))
+
+    def _caller(self) -> str | None:
+        """The scope of the answer; None where the host's ``identify`` failed: then nothing is shared."""
+        if self.cache.settings.share == "all":
+            return ""
+        environ, identify = self.environ, self.front.identify
+        if identify is None:
+            return credentials_scope(
+                [(name, environ[key].encode("latin-1")) for key, name in _CREDENTIALS if key in environ]
+            )
+        try:
+            return identified_scope(identify(environ))
+        except Exception as exc:
+            logger.warning("identify failed: %s: %s", type(exc).__name__, exc)
+            return None
+
+    # --- without the cache
+
+    def _pass_on(self, reason: str, plan: Plan | None = None) -> Iterable[bytes]:
+        """Call the app; only the headers tell that the cache was there."""
+        info = CacheInfo("bypass", None, reason, "bypass")
+        self.flow.tell(plan or Plan(self.kind), info)
+        extra = add_info((), info, self.front.profile)
+
+        def start(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> object:
+            own = {name.lower() for name, _ in headers}
+            added = [pair for pair in as_text(extra) if pair[0] not in own]
+            if exc_info is None:
+                return self.start_response(status, headers + added)
+            return self.start_response(status, headers + added, exc_info)  # type: ignore[arg-type]
+
+        return self.app(self.environ, start)  # type: ignore[arg-type]
+
+    def _refuse(self, error: LLMMiddlewareError) -> Iterable[bytes]:
+        body = error.body()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        info = CacheInfo("bypass", None, error.code, "bypass")
+        self.start_response(status_line(error.status), as_text(add_info(headers, info, self.front.profile)))
+        return [body]
+
+    # --- with it
+
+    def _answer(self, plan: Plan) -> Iterable[bytes]:
+        self.give(self.body if plan.forward is None else plan.forward)
+        if plan.bypass is not None:
+            return self._pass_on(plan.bypass, plan)
+        found = self.flow.now(plan, self.header)
+        if found is not None and found.stale is None:
+            return self.found(plan, found)
+        try:
+            return self._slow(plan)
+        except CacheMissError as exc:
+            return self._refuse(exc)
+
+    def _slow(self, plan: Plan) -> Iterable[bytes]:
+        from .leader import Leader
+
+        while True:
+            opened = run_sync(self.flow.open(_port, plan, self.header))
+            if opened.found is not None:
+                refresh = None
+                if opened.found.stale == "stale-while-revalidate":
+                    refresh = self._refresh(plan)
+                return self.found(plan, opened.found, refresh)
+            assert opened.flight is not None
+            if opened.leads:
+                return Leader(self, plan, opened.flight, opened).run()
+            answer = self._follow(plan, opened.flight)
+            if answer is not None:
+                return answer
+
+    def start(self, status: str, headers: Pairs) -> None:
+        self.start_response(status, as_text(headers))
+
+    def found(self, plan: Plan, found: Found, close: Callable[[], object] | None = None) -> Iterable[bytes]:
+        info = CacheInfo(
+            "stale" if found.stale else "hit",
+            plan.key[-64:],
+            found.stale,
+            age=found.age,
+            ttl=found.ttl,
+            tier=found.tier,
+        )
+        self.flow.tell(plan, info)
+        headers = add_info(found.headers, info, self.front.profile)
+        if found.chunks is not None:
+            self.start("200 OK", stream_headers(headers))
+            return Body(iter(found.chunks), close)
+        headers.append((b"content-length", b"%d" % len(found.body)))
+        self.start("200 OK", headers)
+        return [found.body] if close is None else Body([found.body], close)
+
+    def _follow(self, plan: Plan, flight: Flight) -> Iterable[bytes] | None:
+        """The answer that another request is getting; None where that one was abandoned."""
+        from .leader import Leader
+
+        reader: FlightReader | None = None
+        try:
+            head = run_sync(flight.begun(_port))
+            if head is None:
+                return None
+            if flight.vary is None or any(self.header(name) != value for name, value in flight.vary):
+                # What the leader got was made for its own headers: this request calls for itself.
+                return Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run()
+            info = CacheInfo("collapsed", plan.digest, forward="miss")
+            self.flow.tell(plan, info)
+            headers = [
+                pair
+                for pair in add_info(head.headers, info, self.front.profile)
+                if pair[0] != b"content-length"
+            ]
+            if head.streamed:
+                reader = FlightReader(flight, _port)
+                self.start(status_line(head.status), stream_headers(headers))
+                chunks = iter_sync(reader)
+                return Body(chunks, reader_close(chunks, reader))
+            body = run_sync(flight.body(_port))
+            headers.append((b"content-length", b"%d" % len(body)))
+            self.start(status_line(head.status), headers)
+            return [body]
+        finally:
+            if reader is None:
+                flight.leave()
+
+    def _refresh(self, plan: Plan) -> Callable[[], None] | None:
+        """What refreshes a stale entry once its answer has been sent; one refresh at a time for each key."""
+        from .leader import Leader
+
+        flights = self.flow.flights
+        guard, leads = flights.join(f"{plan.key}/revalidate")
+        if not leads:
+            guard.leave()
+            return None
+
+        def refresh() -> None:
+            self.start_response = _ignore
+            fresh = replace(plan, lookup=False)
+            try:
+                body = Leader(self, fresh, flights.solo(plan.key), Opened()).run()
+                try:
+                    for _ in body:
+                        pass
+                finally:
+                    close = getattr(body, "close", None)
+                    if close is not None:
+                        close()
+            except Exception as exc:
+                self.flow.reporter.background_failed(plan, exc)
+            finally:
+                guard.end(DONE)
+                flights.land(guard)
+
+        return refresh
+
+
+def reader_close(chunks: Iterator[bytes], reader: FlightReader) -> Callable[[], None]:
+    """Leave the flight, whether the stream was begun or not."""
+
+    def close() -> None:
+        chunks.close()  # type: ignore[attr-defined]
+        run_sync(reader.aclose())
+
+    return close
+
+
+def _ignore(
+    status: str, headers: list[tuple[str, str]], exc_info: object = None
+) -> Callable[[bytes], object]:
+    return lambda data: None
+
+
+def _read_exactly(stream: _Readable, size: int) -> bytes:
+    """``size`` bytes, fewer only at the end: one ``read`` may return less on some servers."""
+    parts: list[bytes] = []
+    while size > 0:
+        data = stream.read(size)
+        if not data:
+            break
+        parts.append(data)
+        size -= len(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
