@@ -25,7 +25,7 @@ _HEAVY = [
     "yaml",
 ]
 _IMPORT = "import llm_middleware"
-_CHECK = f"{_IMPORT}, sys; sys.exit(' '.join(n for n in {_HEAVY} if n in sys.modules))"
+_CHECK = f"{_IMPORT}, sys; sys.exit(' '.join(n for n in {_HEAVY} if n in sys.modules) or None)"
 _LATER = {
     "`CacheManager()`": "from llm_middleware import CacheManager; CacheManager()",
     "`llm_middleware.asgi`": "import asyncio, llm_middleware.asgi",

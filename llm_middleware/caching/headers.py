@@ -6,6 +6,7 @@ has them; `as_text` gives what WSGI wants.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 from ..types import Headers
@@ -85,8 +86,8 @@ def varies(
 def _status(info: CacheInfo) -> str:
     parts = ["llm-middleware"]
     parts.append(f"fwd={info.forward or 'miss'}" if info.ttl is None else "hit")
-    if info.ttl is not None:
-        parts.append(f"ttl={int(info.ttl // 1)}")
+    if info.ttl is not None and info.ttl < math.inf:
+        parts.append(f"ttl={math.floor(info.ttl)}")
     if info.stored:
         parts.append("stored")
     if info.status == "collapsed":

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TypeAlias
@@ -40,6 +40,8 @@ WSGI_SERVERS: Mapping[str, str] = {
 }
 COMMANDS = {**ASGI_SERVERS, **WSGI_SERVERS}
 
+_running: dict[str, int] = {}
+
 Serve: TypeAlias = Callable[[str, str, Mapping[str, str]], AbstractContextManager[str]]
 
 
@@ -60,17 +62,28 @@ def server(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
         yield request.param, base_url
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Show what the running servers have logged beside a failure."""
+    report = yield
+    if report.failed:
+        report.sections += [(f"Log of {name}", read(log)) for name, log in _running.items()]
+    return report
+
+
 @contextmanager
 def run_server(server: str, app: str, env: Mapping[str, str]) -> Iterator[str]:
     """Start a server, wait until it takes connections, and stop it at the end; yields its base URL."""
     with tempfile.TemporaryFile("w+") as log:
         process, port = start(server, app, env, log.fileno())
+        name = f"{server} on port {port}"
+        _running[name] = log.fileno()
         try:
             yield f"http://127.0.0.1:{port}"
-        except BaseException as error:
-            error.add_note(f"--- {server} ---\n{read(log.fileno())}")
-            raise
         finally:
+            del _running[name]
             stop(process)
 
 

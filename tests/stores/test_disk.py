@@ -18,7 +18,7 @@ import pytest
 from llm_middleware._store_contract import ContractClock, StoreContract
 from llm_middleware.caching.entry import Entry, Form, decode, encode
 from llm_middleware.errors import ConfigError, CorruptEntryError, StoreError
-from llm_middleware.stores import disk
+from llm_middleware.stores import _diskcache
 from llm_middleware.stores.disk import DiskStore
 from llm_middleware.types import Clock, Store
 
@@ -115,12 +115,12 @@ class TestOpening:
         self, directory: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setitem(sys.modules, "diskcache", None)
-        disk._cache_type.cache_clear()
+        _diskcache.cache_type.cache_clear()
         try:
             with pytest.raises(ConfigError, match=r"pip install 'llm-middleware\[disk\]'"):
                 DiskStore(directory)
         finally:
-            disk._cache_type.cache_clear()
+            _diskcache.cache_type.cache_clear()
 
     def test_a_size_below_one_is_refused(self, directory: Path) -> None:
         with pytest.raises(ConfigError) as caught:

@@ -1,0 +1,224 @@
+"""What ``scripts/demo`` runs: all that is printed was measured, and all that is claimed is checked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import openai
+from openai.types.chat import ChatCompletionMessageParam
+
+from llm_middleware.testing import FakeUpstream
+
+ROOT = Path(__file__).parents[1]
+LATENCY_S = 0.4
+CROWD = 50
+MODEL = "gpt-4o-mini"
+
+SERVERS = {
+    "FastAPI under uvicorn": "uvicorn --log-level warning --port {port} examples.fastapi_app.main:app",
+    "Flask under gunicorn (threads)": "gunicorn --log-level warning --worker-class gthread --threads 64"
+    " --graceful-timeout 1 --bind 127.0.0.1:{port} examples.flask_app.main:app",
+}
+
+failures: list[str] = []
+
+
+def check(true: bool, claim: str) -> None:
+    """Note a claim that turned out to be false."""
+    if not true:
+        failures.append(claim)
+        print(f"  FALSE: {claim}")
+
+
+@dataclass
+class Timed:
+    """An answer, how it came about, and after how many milliseconds."""
+
+    state: str
+    headers: httpx.Headers
+    ms: float
+    first_byte_ms: float = 0.0
+    content: object = None
+
+
+class Show:
+    """The scenes, before one running app."""
+
+    def __init__(self, base_url: str, upstream: FakeUpstream) -> None:
+        self.base_url = base_url
+        self.upstream = upstream
+        self.client = openai.OpenAI(base_url=f"{base_url}/v1", api_key="sk-demo", max_retries=0)
+        self.plain_http = httpx.Client(base_url=base_url, timeout=30)
+
+    def run(self) -> None:
+        self.warm_up()
+        hit = self.plain()
+        self.stream()
+        self.own_endpoint()
+        asyncio.run(self.crowd())
+        print("\n  Headers of a hit:")
+        for name in (
+            "x-llm-cache",
+            "x-llm-cache-tier",
+            "cache-status",
+            "age",
+            "x-llm-cache-key",
+            "content-type",
+        ):
+            if name in hit.headers:
+                print(f"    {name}: {hit.headers[name]}")
+
+    def warm_up(self) -> None:
+        """Connect and load what is loaded late, so that the first call is not slow for reasons of its own."""
+        self.ask("Are you there?")
+        self.ask_stream("Are you there?")
+        self.plain_http.get("/healthz")
+
+    def plain(self) -> Timed:
+        before = self.upstream.count
+        first, second = self.ask("What is a cache?"), self.ask("What is a cache?")
+        line("first call", first.state, first.ms)
+        line("the same again", second.state, second.ms, f"{first.ms / second.ms:.0f} times faster")
+        check([first.state, second.state] == ["miss", "hit"], "the second call is a hit")
+        check(first.content == second.content, "the hit is the same answer")
+        check(second.ms < LATENCY_S * 1000, "a hit does not wait for the provider")
+        check(self.upstream.count == before + 1, "the provider was called once")
+        return second
+
+    def stream(self) -> None:
+        first, second = self.ask_stream("Tell me a story"), self.ask_stream("Tell me a story")
+        for title, timed in (("a stream", first), ("the same again", second)):
+            line(
+                title, timed.state, timed.first_byte_ms, f"to the first event, {timed.ms:.0f} ms to the last"
+            )
+        check([first.state, second.state] == ["miss", "hit"], "the second stream is a hit")
+        check(first.content == second.content, "the replayed events are the same")
+        check(first.first_byte_ms < first.ms * 0.8, "a stream is passed on as it comes")
+        check(second.ms < LATENCY_S * 1000, "a replayed stream does not wait for the provider")
+
+    def own_endpoint(self) -> None:
+        """An endpoint of the app's own shape, ``POST /ask {"question": ...}``."""
+        answers = []
+        for title in ("POST /ask", "the same again"):
+            started = time.perf_counter()
+            response = self.plain_http.post("/ask", json={"question": "Why?"})
+            answers.append(response)
+            line(title, response.headers["x-llm-cache"], ms_since(started), response.text[:44] + "...")
+        check([a.headers["x-llm-cache"] for a in answers] == ["miss", "hit"], "the second question is a hit")
+        check(answers[0].content == answers[1].content, "the hit is the same answer")
+
+    async def crowd(self) -> None:
+        before = self.upstream.count
+        async with openai.AsyncOpenAI(
+            base_url=f"{self.base_url}/v1", api_key="sk-demo", max_retries=0
+        ) as client:
+            started = time.perf_counter()
+            calls = [
+                client.chat.completions.with_raw_response.create(
+                    model=MODEL, messages=says("All of us at once")
+                )
+                for _ in range(CROWD)
+            ]
+            answers = await asyncio.gather(*calls)
+        took = ms_since(started)
+        made = self.upstream.count - before
+        states = Counter(answer.headers["x-llm-cache"] for answer in answers)
+        told = ", ".join(f"{count} {state}" for state, count in states.most_common())
+        line(f"{CROWD} alike at once", "", took, f"for all of them: {told}; upstream calls made: {made}")
+        check(made == 1, f"{CROWD} identical concurrent calls make one call to the provider")
+        check(len({answer.content for answer in answers}) == 1, "all of them get the same answer")
+
+    def ask(self, prompt: str) -> Timed:
+        started = time.perf_counter()
+        raw = self.client.chat.completions.with_raw_response.create(model=MODEL, messages=says(prompt))
+        return Timed(raw.headers["x-llm-cache"], raw.headers, ms_since(started), content=raw.content)
+
+    def ask_stream(self, prompt: str) -> Timed:
+        started = time.perf_counter()
+        raw = self.client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=says(prompt), stream=True
+        )
+        events, first = [], 0.0
+        for event in raw.parse():
+            first = first or ms_since(started)
+            events.append(event)
+        return Timed(raw.headers["x-llm-cache"], raw.headers, ms_since(started), first, events)
+
+
+def says(prompt: str) -> list[ChatCompletionMessageParam]:
+    return [{"role": "user", "content": prompt}]
+
+
+def ms_since(started: float) -> float:
+    return (time.perf_counter() - started) * 1000
+
+
+def line(title: str, state: str, ms: float, remark: str = "") -> None:
+    print(f"  {title:<20} {state:<5} {ms:>8.1f} ms   {remark}".rstrip(), flush=True)
+
+
+@contextlib.contextmanager
+def serving(command: str, upstream: FakeUpstream) -> Iterator[str]:
+    """The app in a process of its own; yields its base URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    base_url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command.format(port=port).split()],
+            cwd=ROOT,
+            env={**os.environ, "OPENAI_BASE_URL": upstream.url, "PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            wait_until_healthy(process, base_url)
+            yield base_url
+        except BaseException:
+            log.seek(0)
+            print(log.read(), file=sys.stderr)
+            raise
+        finally:
+            process.terminate()
+            process.wait(15)
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], base_url: str) -> None:
+    deadline = time.monotonic() + 30
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            httpx.get(f"{base_url}/healthz", timeout=5).raise_for_status()
+            return
+        time.sleep(0.05)
+    raise SystemExit("the server did not start; its log is above")
+
+
+def main() -> int:
+    for name in ("LLM_CACHE_DIR", "OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        os.environ.pop(name, None)
+    os.environ["NO_PROXY"] = "127.0.0.1"
+    with FakeUpstream(latency=LATENCY_S, chunk_delay=0.05) as upstream:
+        print(f"The provider is a fake OpenAI at {upstream.url}; it takes {LATENCY_S} s to begin an answer.")
+        for name, command in SERVERS.items():
+            print(f"\n{name}:  {command.split()[-1]}")
+            with serving(command, upstream) as base_url:
+                Show(base_url, upstream).run()
+    print(f"\n{len(failures)} claims were false." if failures else "\nAll of this was checked, and holds.")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
