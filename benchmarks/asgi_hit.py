@@ -19,7 +19,7 @@ def results() -> list[Row]:
         assert servers["cached"].send([request] * 8).hits == 8
         samples = compare(
             {
-                name: server.candidate(lambda count: [request] * count, 3000)
+                name: server.candidate(lambda count: [request] * count, 12000)
                 for name, server in servers.items()
             }
         )

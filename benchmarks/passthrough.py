@@ -126,7 +126,7 @@ def results() -> list[Row]:
     with serving(UVICORN, apps) as servers:
         served = compare(
             {
-                name: server.candidate(lambda count: [request] * count, 2000)
+                name: server.candidate(lambda count: [request] * count, 6000)
                 for name, server in servers.items()
             },
             rounds=_ROUNDS,

@@ -22,7 +22,7 @@ def results() -> list[Row]:
         servers["cached"].send([request])
         assert servers["cached"].send([request] * 8).hits == 8
         samples = compare(
-            {name: server.candidate(lambda count: [request] * count, 96) for name, server in servers.items()}
+            {name: server.candidate(lambda count: [request] * count, 240) for name, server in servers.items()}
         )
     path = "streamed hit, 500 events, uvicorn"
     return [

@@ -37,7 +37,7 @@ def _first_bytes(servers: dict[str, Server]) -> Iterator[float]:
 def results() -> list[Row]:
     apps = {"bare": "benchmarks.apps:bare_stream", "cached": "benchmarks.apps:cached_stream"}
     with serving(UVICORN, apps) as servers:
-        samples = compare({name: server.candidate(_requests, 64) for name, server in servers.items()})
+        samples = compare({name: server.candidate(_requests, 160) for name, server in servers.items()})
         later = list(_first_bytes(servers))
     return [
         samples.row("streamed miss, 500 events, uvicorn", "cached", "bare", _FLOOR, 1.25),

@@ -19,7 +19,7 @@ def results() -> list[Row]:
         assert servers["cached"].send([request] * 8).hits == 8
         samples = compare(
             {
-                name: server.candidate(lambda count: [request] * count, 1200)
+                name: server.candidate(lambda count: [request] * count, 4000)
                 for name, server in servers.items()
             }
         )

@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 
 __all__ = [
+    "NOT_CACHED",
     "CacheMissError",
     "ConfigError",
     "CorruptEntryError",
@@ -64,6 +65,9 @@ class InvalidRequestError(LLMMiddlewareError, ValueError):
     status = 400
     type = "invalid_request_error"
     code = "invalid_request"
+
+
+NOT_CACHED = "only-if-cached: no stored answer fits this request"
 
 
 class CacheMissError(LLMMiddlewareError):

@@ -196,10 +196,12 @@ class FakeUpstream:
             return failure, Stamp(f"{secrets.token_hex(8)}{next(self._serial):04x}", self._created)
 
     def next_cut(self) -> int | None:
+        """After how many events the stream that now begins is to be cut, if it is."""
         with self._changed:
             return self._cuts.popleft() if self._cuts else None
 
     def left(self) -> None:
+        """Record that a client has given up its stream."""
         with self._changed:
             self._disconnected += 1
             self._changed.notify_all()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ class Timed:
     """An answer, how it came about, and after how many milliseconds."""
 
     state: str
-    headers: httpx.Headers
+    headers: Mapping[str, str]
     ms: float
     first_byte_ms: float = 0.0
     content: object = None
@@ -146,15 +146,17 @@ class Show:
         return Timed(raw.headers["x-llm-cache"], raw.headers, ms_since(started), content=raw.content)
 
     def ask_stream(self, prompt: str) -> Timed:
+        """Read to the very end: the SDK's own iterator hangs up at ``[DONE]``, before the answer is kept."""
         started = time.perf_counter()
-        raw = self.client.chat.completions.with_raw_response.create(
-            model=MODEL, messages=says(prompt), stream=True
-        )
         events, first = [], 0.0
-        for event in raw.parse():
-            first = first or ms_since(started)
-            events.append(event)
-        return Timed(raw.headers["x-llm-cache"], raw.headers, ms_since(started), first, events)
+        with self.client.chat.completions.with_streaming_response.create(
+            model=MODEL, messages=says(prompt), stream=True
+        ) as response:
+            for event in filter(None, response.iter_lines()):
+                first = first or ms_since(started)
+                events.append(event)
+        check(events[-1] == "data: [DONE]", "the stream is complete")
+        return Timed(response.headers["x-llm-cache"], response.headers, ms_since(started), first, events)
 
 
 def says(prompt: str) -> list[ChatCompletionMessageParam]:

@@ -16,9 +16,9 @@ ensure_venv() {
     if [ -x "$dir/bin/python" ] && [ "$(cat "$dir/.installed" 2>/dev/null)" = "$wanted" ]; then
         return
     fi
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        _venv_fail "Python 3.11 or newer is needed; $python is $("$python" --version 2>&1). Set PYTHON to one."
-    if ! "$dir/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ ! -x "$dir/bin/python" ]; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+            _venv_fail "$python is not a Python 3.11 or newer. Name one with PYTHON=..."
         echo "Making a virtual environment in $dir ..."
         _make_venv "$python" "$dir"
     fi
@@ -31,13 +31,14 @@ ensure_venv() {
 # Debian keeps ensurepip, without which a virtual environment has no pip, in a package of its own.
 _make_venv() {
     local python=$1 dir=$2 log
-    log=$("$python" -m venv --clear "$dir" 2>&1) && return
+    log=$("$python" -m venv "$dir" 2>&1) && return
+    rm -rf "$dir"
     local get=(apt-get)
     [ "$(id -u)" = 0 ] || get=(sudo -n apt-get)
     if command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; }; then
         echo "$python cannot make one; installing python3-venv with apt-get ..."
         { "${get[@]}" update -qq && "${get[@]}" install -y -qq python3-venv; } >/dev/null 2>&1 || true
-        log=$("$python" -m venv --clear "$dir" 2>&1) && return
+        log=$("$python" -m venv "$dir" 2>&1) && return
     fi
     rm -rf "$dir"
     echo "$log" >&2

@@ -42,6 +42,10 @@ class Front:
             cache = CacheManager(**settings)  # type: ignore[arg-type]
         self._cache = cache
         self.routes = _routes(OPENAI_ROUTES if routes is None else routes)
+        # Two endpoints of the host's own may answer the same body differently; OpenAI's are what they are.
+        self.own = {
+            path: "" if OPENAI_ROUTES.get(path) == kind else path for path, kind in self.routes.items()
+        }
         if identify is not None and not callable(identify):
             raise ConfigError(f"identify: expected a function, got {identify!r}", param="identify")
         self.identify = identify
@@ -85,7 +89,8 @@ def credentials_scope(credentials: Sequence[tuple[bytes, bytes]]) -> str:
     """The scope of whoever sent these credential headers; without any, of all who sent none."""
     if not credentials:
         return ANONYMOUS
-    data = b"".join(b"%d:%b%d:%b" % (len(name), name, len(value), value) for name, value in credentials)
+    pairs = sorted(credentials)
+    data = b"".join(b"%d:%b%d:%b" % (len(name), name, len(value), value) for name, value in pairs)
     return "caller:" + hashlib.sha256(data).hexdigest()
 
 

@@ -13,8 +13,8 @@ from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight
 from ..caching.headers import IDENTITY, add_info, stream_headers
 from ..caching.lookup import Opened
-from ..caching.plan import Plan
-from ..errors import CacheMissError, InvalidRequestError, LLMMiddlewareError
+from ..caching.plan import Asked, Plan
+from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
 from .types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["Exchange"]
@@ -28,13 +28,21 @@ class Exchange:
     """The state of one request; nothing of it lives on the middleware."""
 
     def __init__(
-        self, front: Front, app: ASGIApp, kind: str, scope: Scope, receive: Receive, send: Send
+        self,
+        front: Front,
+        app: ASGIApp,
+        kind: str,
+        path: str,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
     ) -> None:
         self.front = front
         self.cache = front.cache
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
+        self.route = front.own[path]
         self.scope = scope
         self.receive = receive
         self.send = send
@@ -66,16 +74,20 @@ class Exchange:
         try:
             scope = await self._caller(credentials)
             if scope is None:
-                await self._pass_on([self._request()], "identify-failed")
+                plan = self.cache.plan(self.kind, self.body)
+                await self._pass_on([self._request(plan.forward)], "identify-failed", plan)
                 return
             plan = await self.cache.planner.planned(
                 _port,
-                self.kind,
-                self.body,
-                scope=scope,
-                cache_control=cache_control.decode("latin-1"),
-                content_type=content_type.decode("latin-1"),
-                content_encoding=content_encoding.decode("latin-1"),
+                Asked(
+                    self.kind,
+                    self.body,
+                    scope,
+                    self.route,
+                    cache_control.decode("latin-1"),
+                    content_type.decode("latin-1"),
+                    content_encoding.decode("latin-1"),
+                ),
             )
         except InvalidRequestError as exc:
             await self._refuse(exc)
@@ -158,6 +170,10 @@ class Exchange:
 
     async def _answer(self, plan: Plan) -> None:
         if plan.bypass is not None:
+            if plan.controls.only_if_cached:
+                error = CacheMissError(NOT_CACHED)
+                await self._refuse(error)
+                return
             forward = self.body if plan.forward is None else plan.forward
             await self._pass_on([self._request(forward)], plan.bypass, plan)
             return

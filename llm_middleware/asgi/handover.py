@@ -68,10 +68,13 @@ class _Step:
                 try:
                     resume = yield pending
                 except BaseException as exc:
+                    if not hasattr(step, "throw"):
+                        raise
                     pending = step.throw(exc)
                     continue
             try:
-                pending = step.send(resume)
+                # What __await__ returns need only be an iterator; servers in other languages give no more.
+                pending = next(step) if resume is None else step.send(resume)
             except StopIteration:
                 return None
 

@@ -30,6 +30,7 @@ class LLMCacheMiddleware:
     def __init__(
         self,
         app: ASGIApp,
+        /,
         *,
         cache: CacheManager | None = None,
         routes: Mapping[str, str] | None = None,
@@ -43,15 +44,12 @@ class LLMCacheMiddleware:
         self._routes = self._front.routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        kind = self._routes.get(scope.get("path", ""))
-        if kind is None and scope.get("root_path"):
-            kind = self._below_root(scope)
+        path = scope.get("path", "")
+        if path not in self._routes and scope.get("root_path"):
+            # Servers told of a prefix put it in front of the path; routes are written without it.
+            path = path.removeprefix(scope["root_path"])
+        kind = self._routes.get(path)
         if kind is None or scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        await Exchange(self._front, self.app, kind, scope, receive, send).run()
-
-    def _below_root(self, scope: Scope) -> str | None:
-        # Servers told of a prefix put it in front of the path; routes are written without it.
-        path, root = scope.get("path", ""), scope["root_path"]
-        return self._routes.get(path[len(root) :]) if path.startswith(root) else None
+        await Exchange(self._front, self.app, kind, path, scope, receive, send).run()

@@ -73,10 +73,14 @@ def _file_digest(value: object) -> dict[str, object]:
     # An upload is what its bytes are; its name and its position in a file are not part of it.
     if isinstance(value, (bytes, bytearray, memoryview)):
         return {"$sha256": hashlib.sha256(value).hexdigest()}
-    at = value.tell()  # type: ignore[attr-defined]
-    data = value.read()  # type: ignore[attr-defined]
-    value.seek(at)  # type: ignore[attr-defined]
-    return {"$sha256": hashlib.sha256(data).hexdigest()}
+    try:
+        at = value.tell()  # type: ignore[attr-defined]
+        value.seek(at)  # type: ignore[attr-defined]  # before it is read: a pipe must stay whole
+        data = value.read()  # type: ignore[attr-defined]
+        value.seek(at)  # type: ignore[attr-defined]
+        return {"$sha256": hashlib.sha256(data).hexdigest()}
+    except (OSError, ValueError, TypeError) as exc:
+        raise UnkeyableError(f"a file that cannot be read again: {exc}") from exc
 
 
 def _object(value: object) -> object:
@@ -94,10 +98,10 @@ def _object(value: object) -> object:
 
 
 def _plain(value: object) -> object:
-    if value is None or isinstance(value, (str, bool)):
-        return str(value) if isinstance(value, Enum) else value
     if isinstance(value, Enum):
         return _plain(value.value)
+    if value is None or isinstance(value, (str, bool)):
+        return value
     if isinstance(value, int):
         return int(value)
     if isinstance(value, float):
@@ -171,11 +175,20 @@ def digest(kind: str, scope: str, namespaces: tuple[str, ...], form: bytes, secr
 def image_fields(value: object, resolve: Callable[[str], bytes | str | None]) -> object:
     """``value`` with every ``image_url`` replaced by its content: data URLs by their bytes, others by what
     ``resolve(url)`` returns (bytes: the image; text: a name for it; None: leave the URL)."""
+    try:
+        return _with_images(value, resolve)
+    except UnkeyableError:
+        raise
+    except Exception as exc:  # the host's own function's, or nested too deeply
+        raise UnkeyableError(f"an image without content: {type(exc).__name__}: {exc}") from exc
+
+
+def _with_images(value: object, resolve: Callable[[str], bytes | str | None]) -> object:
     if isinstance(value, list):
-        return [image_fields(item, resolve) for item in value]
+        return [_with_images(item, resolve) for item in value]
     if not isinstance(value, dict):
         return value
-    out = {name: image_fields(item, resolve) for name, item in value.items()}
+    out = {name: _with_images(item, resolve) for name, item in value.items()}
     image = out.get("image_url")
     if isinstance(image, str):
         out["image_url"] = _image(image, resolve)

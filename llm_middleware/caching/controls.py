@@ -42,13 +42,16 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 def _wrong(field: str, expected: str, got: object) -> InvalidRequestError:
     try:
-        shown = json.dumps(got, ensure_ascii=False)
-    except (TypeError, ValueError):
-        shown = repr(got)
-    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+        shown = _short(json.dumps(got, ensure_ascii=False))
+    except (TypeError, ValueError, RecursionError):  # too deep, too many digits, or no JSON at all
+        shown = f"a value of type {type(got).__name__}"
     return InvalidRequestError(
         f"{field}: expected {expected}, got {shown}", param=field, code="invalid_cache_control"
     )
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _seconds(field: str, value: object) -> float:
@@ -103,6 +106,16 @@ _BODY: Mapping[str, tuple[str, _Parser]] = {
 }
 
 
+def _unknown(field: str, name: str) -> InvalidRequestError:
+    near = difflib.get_close_matches(name.replace("_", "-"), _BODY, 1)
+    hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_BODY)}"
+    return InvalidRequestError(
+        f"{field}.{name}: unknown cache control; {hint}",
+        param=f"{field}.{name}",
+        code="unknown_cache_control",
+    )
+
+
 def parse_body(value: object, *, field: str = "cache") -> dict[str, object]:
     """The controls that a ``cache`` object sets. `InvalidRequestError` (400) names the field at fault."""
     if value is None:
@@ -113,13 +126,7 @@ def parse_body(value: object, *, field: str = "cache") -> dict[str, object]:
     for name, item in value.items():
         row = _BODY.get(name)
         if row is None:
-            near = difflib.get_close_matches(str(name).replace("_", "-"), _BODY, 1)
-            hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_BODY)}"
-            raise InvalidRequestError(
-                f"{field}.{name}: unknown cache control; {hint}",
-                param=f"{field}.{name}",
-                code="unknown_cache_control",
-            )
+            raise _unknown(field, _short(str(name)))
         if item is not None:
             control, parser = row
             controls[control] = parser(f"{field}.{name}", item)
@@ -133,7 +140,21 @@ _DELTAS = {
     "max-stale": "max_stale",
     "stale-if-error": "stale_if_error",
 }
-_DIRECTIVE = re.compile(r'\s*([^\s=,"]+)\s*(?:=\s*(?:"((?:[^"\\]|\\.)*)"|([^\s,"]*)))?\s*(?:,|$)|\s*,')
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+
+
+def _directives(value: str) -> list[tuple[str, str]]:
+    """(name, argument) of each directive; an empty argument where it has none. Junk is left out."""
+    if '"' in value:
+        # Commas and blanks inside quotes are part of the argument; no directive of ours has any.
+        value = _QUOTED.sub(lambda match: match[0][1:-1].replace(",", ";").replace(" ", ";"), value)
+    pairs = []
+    for part in value.split(","):
+        name, _, argument = part.partition("=")
+        name, argument = name.strip().lower(), argument.strip()
+        if name and len(name.split()) == 1 and len(argument.split()) <= 1:
+            pairs.append((name, argument))
+    return pairs
 
 
 def parse_header(value: str) -> dict[str, object]:
@@ -142,12 +163,7 @@ def parse_header(value: str) -> dict[str, object]:
     Directives that a cache may ignore are ignored; a number that is none is an `InvalidRequestError`.
     """
     controls: dict[str, object] = {}
-    at = 0
-    while at < len(value) and (match := _DIRECTIVE.match(value, at)):
-        at = match.end()
-        name, quoted, token = match.groups()
-        argument = quoted if quoted is not None else token
-        name = (name or "").lower()
+    for name, argument in _directives(value):
         if name in _FLAGS:
             controls[_FLAGS[name]] = True
         elif name == "max-stale" and not argument:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from .._drive import run_sync
 from .._ports.protocol import Port
 from .._ports.sync import SyncPort
-from ..errors import SuspendedInSyncError
+from ..errors import NOT_CACHED, CacheMissError, SuspendedInSyncError
 from ..types import Headers
 from .answer import Answer, CacheInfo, Found
 from .batch import reduced
@@ -133,6 +133,8 @@ class Fetch:
         return answer
 
     async def _bypass(self) -> Answer:
+        if self.plan.controls.only_if_cached:
+            raise CacheMissError(NOT_CACHED)
         info = CacheInfo("bypass", None, self.plan.bypass, "bypass")
         result = await self.port.call(self.call, self.body)
         if not isinstance(result, (AsyncIterator, Iterator)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .._ports.protocol import Port
-from ..errors import CacheMissError
+from ..errors import NOT_CACHED, CacheMissError
 from ..events import Hook
 from ..types import Clock
 from .fastlane import no_header
@@ -50,7 +50,7 @@ class Flow:
         if opened.found is not None:
             return opened
         if plan.controls.only_if_cached:
-            raise CacheMissError("only-if-cached: no stored answer fits this request")
+            raise CacheMissError(NOT_CACHED)
         if not (plan.lookup and plan.store):
             opened.flight, opened.leads = self.flights.solo(plan.key), True
             return opened

@@ -30,8 +30,8 @@ __all__ = [
 
 Pairs = list[tuple[bytes, bytes]]
 
-IDENTITY = frozenset({b"authorization", b"x-api-key", b"cookie"})
-"""Request headers that say who is calling."""
+IDENTITY = frozenset({b"api-key", b"authorization", b"cookie", b"x-api-key", b"x-goog-api-key"})
+"""Request headers that say who is calling; two of them are those of Azure's and Google's clients."""
 
 PROFILES = ("standard", "litellm")
 

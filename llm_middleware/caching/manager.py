@@ -24,8 +24,8 @@ from .flow import Flow
 from .headers import EVENT_STREAM
 from .keeper import Recorded
 from .ping import ping
-from .plan import Plan
-from .planner import Body, Planner
+from .plan import Asked, Body, Plan
+from .planner import Planner
 from .settings import make_settings
 from .sse import event_ends
 
@@ -148,6 +148,7 @@ class CacheManager:
         body: Body,
         *,
         scope: str = "",
+        route: str = "",
         cache_control: str = "",
         content_type: str = "",
         content_encoding: str = "",
@@ -155,13 +156,7 @@ class CacheManager:
     ) -> Plan:
         """What the cache will do for a request; `InvalidRequestError` where its controls are wrong."""
         return self.planner.plan(
-            kind,
-            body,
-            scope=scope,
-            cache_control=cache_control,
-            content_type=content_type,
-            content_encoding=content_encoding,
-            enforced=enforced,
+            Asked(kind, body, scope, route, cache_control, content_type, content_encoding, enforced)
         )
 
     async def _direct(
@@ -175,7 +170,7 @@ class CacheManager:
     ) -> Plan:
         kind = kind_of(kind, param="kind")
         enforced = parse_body(controls) if controls else None
-        plan = await self.planner.planned(port, kind, body, scope=scope, enforced=enforced)
+        plan = await self.planner.planned(port, Asked(kind, body, scope, enforced=enforced))
         return plan if caching else replace(plan, bypass="disabled", key="")
 
     # --- fetch

@@ -43,6 +43,13 @@ def _part(raw: bytes) -> tuple[str, bool, bytes]:
 def form_fields(body: bytes, content_type: str) -> dict[str, object]:
     """Field name to value, or to the list of its values where it occurs more than once. Text fields as
     text, files as the SHA-256 of their bytes (their names do not count)."""
+    try:
+        return _fields(body, content_type)
+    except (ValueError, TypeError, LookupError) as exc:  # the header parser's, on parameters in pieces
+        raise UnkeyableError(f"a form that is not understood: {exc}") from exc
+
+
+def _fields(body: bytes, content_type: str) -> dict[str, object]:
     delimiter = b"\r\n--" + _boundary(content_type)
     first, *parts = (b"\r\n" + body).split(delimiter)
     if first.strip() or not parts or not parts[-1].startswith(b"--"):

@@ -16,7 +16,32 @@ from .multipart import form_fields
 from .settings import CacheSettings
 from .splice import without_member
 
-__all__ = ["Plan", "Request", "make_plan", "read_request"]
+__all__ = ["Asked", "Body", "Plan", "Request", "make_plan", "read_request"]
+
+Body = bytes | Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request as it came.
+
+    ``body``: as sent, or the Python value it was made of. ``scope``: whose answer it is. ``route``: which
+    endpoint of the host's, where the kind does not say it. ``cache_control``: the header. ``enforced``: the
+    API key's own controls, already parsed.
+    """
+
+    kind: str
+    body: Body
+    scope: str = ""
+    route: str = ""
+    cache_control: str = ""
+    content_type: str = ""
+    content_encoding: str = ""
+    enforced: Mapping[str, object] | None = None
+
+    @property
+    def is_plain_json(self) -> bool:
+        return not self.content_encoding and self.kind != "transcription"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,32 +120,34 @@ def _wants_usage(fields: Mapping[str, object]) -> bool:
     return isinstance(options, Mapping) and options.get("include_usage") is True
 
 
-def read_request(
-    settings: CacheSettings,
-    kind: str,
-    body: bytes | Mapping[str, object],
-    *,
-    content_type: str = "",
-    content_encoding: str = "",
-) -> Request:
+def read_request(settings: CacheSettings, asked: Asked) -> Request:
     """Read a body as sent, or the Python value it was made of. Only a wrong ``cache`` object raises
     (`InvalidRequestError`); a body that cannot be understood is a problem told in the result."""
+    kind, body, content_encoding = asked.kind, asked.body, asked.content_encoding
     try:
         if not isinstance(body, bytes):
-            return _read_fields(settings, kind, cache_key.jsonable(body), None)
+            return _read_fields(settings, kind, cache_key.jsonable(_upload(kind, body)), None)
         text = body
         if content_encoding not in ("", "identity"):
             if content_encoding != "gzip":
                 return Request(kind, problem="encoded-body")
             text = _decompressed(body, settings.max_body_bytes)
-        if kind == "transcription" and not content_type.startswith("application/json"):
-            return _read_fields(settings, kind, form_fields(text, content_type), None)
+        if kind == "transcription" and not asked.content_type.startswith("application/json"):
+            return _read_fields(settings, kind, form_fields(text, asked.content_type), None)
         request = _read_fields(settings, kind, cache_key.parse(text), text)
     except UnkeyableError:
         return Request(kind, problem="unparsable-body")
     if request.forward is not None and text is not body:
         return _recompressed(request)
     return request
+
+
+def _upload(kind: str, fields: Mapping[str, object]) -> Mapping[str, object]:
+    """A file given as SDKs take it, (name, content, ...), is its content."""
+    file = fields.get("file")
+    if kind == "transcription" and isinstance(file, tuple) and len(file) > 1:
+        return {**fields, "file": file[1]}
+    return fields
 
 
 def _recompressed(request: Request) -> Request:
@@ -171,23 +198,17 @@ def _bypass(settings: CacheSettings, kind: str, controls: Controls) -> str | Non
 
 
 def make_plan(
-    settings: CacheSettings,
-    request: Request,
-    *,
-    scope: str = "",
-    cache_control: str = "",
-    enforced: Mapping[str, object] | None = None,
-    custom_key: str | None = None,
+    settings: CacheSettings, request: Request, asked: Asked, *, custom_key: str | None = None
 ) -> Plan:
     """Lay the sources of controls over each other and derive the key.
 
-    ``enforced``: the API key's own controls, already parsed. ``custom_key``: what the host's own key function
-    returned; it takes the place of the canonical form, inside the same scope and namespace.
+    ``custom_key``: what the host's own key function returned; it takes the place of the canonical form,
+    inside the same scope and namespace.
     """
     controls = merge(
-        enforced or {},
+        asked.enforced or {},
         request.controls or {},
-        parse_header(cache_control) if cache_control else {},
+        parse_header(asked.cache_control) if asked.cache_control else {},
         settings.controls,
     )
     bypass = _bypass(settings, request.kind, controls) or request.problem
@@ -200,7 +221,8 @@ def make_plan(
         try:
             form = request.form if custom_key is None else {"$key": custom_key}
             inputs, forms = _separate(request.kind, form)
-            key, *items = _store_keys(settings, request.kind, scope, controls, forms)
+            namespaces = (settings.namespace, controls.namespace or "", asked.route)
+            key, *items = _store_keys(settings, request.kind, asked.scope, namespaces, forms)
         except UnkeyableError:
             bypass = "unparsable-body"
     return Plan(
@@ -233,9 +255,8 @@ def _separate(kind: str, form: object) -> tuple[tuple[object, ...], list[object]
 
 
 def _store_keys(
-    settings: CacheSettings, kind: str, scope: str, controls: Controls, forms: list[object]
+    settings: CacheSettings, kind: str, scope: str, namespaces: tuple[str, ...], forms: list[object]
 ) -> list[str]:
-    namespaces = (settings.namespace, controls.namespace or "")
     return [
         f"{settings.namespace}:"
         + cache_key.digest(kind, scope, namespaces, cache_key.canonical(form), settings.secret)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 from .._ports.protocol import Port
 from ..events import Event
 from .memo import Memo
-from .plan import Plan, Request, make_plan, read_request
+from .plan import Asked, Plan, Request, make_plan, read_request
 from .reporter import Reporter
 from .settings import CacheSettings
 
-__all__ = ["Body", "Planner"]
-
-Body = bytes | Mapping[str, object]
+__all__ = ["Planner"]
 
 # Bodies longer than this are parsed each time: the memo is for the many small repeats.
 _MEMO_BODY = 256 << 10
@@ -27,7 +25,7 @@ class Planner:
         self.settings = settings
         self.key = settings.key
         self._reporter = reporter
-        self._memo: Memo[tuple[str, str, str, bytes], Plan] = Memo(4096, 16 << 20)
+        self._memo: Memo[tuple[str, str, str, str, bytes], Plan] = Memo(4096, 16 << 20)
 
     def update(self, settings: CacheSettings) -> None:
         if settings.key is not self.settings.key:
@@ -36,67 +34,31 @@ class Planner:
         # Not cleared: a request that is being planned with the old settings must not leave its plan behind.
         self._memo = Memo(4096, 16 << 20)
 
-    def plan(
-        self,
-        kind: str,
-        body: Body,
-        *,
-        scope: str = "",
-        cache_control: str = "",
-        content_type: str = "",
-        content_encoding: str = "",
-        enforced: Mapping[str, object] | None = None,
-    ) -> Plan:
+    def plan(self, asked: Asked) -> Plan:
         """What the cache will do for a request; `InvalidRequestError` where its controls are wrong."""
-        settings = self.settings
-        request = read_request(
-            settings, kind, body, content_type=content_type, content_encoding=content_encoding
-        )
-        return make_plan(settings, request, scope=scope, cache_control=cache_control, enforced=enforced)
+        return make_plan(self.settings, read_request(self.settings, asked), asked)
 
-    def quick(self, kind: str, body: bytes, scope: str, cache_control: str) -> Plan:
+    def quick(self, kind: str, route: str, body: bytes, scope: str, cache_control: str) -> Plan:
         """`plan` for a JSON body that may have come before, byte for byte."""
-        at = (kind, scope, cache_control, body)
+        at = (kind, route, scope, cache_control, body)
         memo = self._memo
         plan = memo.get(at, len(body))
         if plan is None:
-            plan = self.plan(kind, body, scope=scope, cache_control=cache_control)
+            plan = self.plan(Asked(kind, body, scope=scope, route=route, cache_control=cache_control))
             if len(body) <= _MEMO_BODY:
                 memo.put(at, plan, len(body))
         return plan
 
-    async def planned(
-        self,
-        port: Port,
-        kind: str,
-        body: Body,
-        *,
-        scope: str = "",
-        cache_control: str = "",
-        content_type: str = "",
-        content_encoding: str = "",
-        enforced: Mapping[str, object] | None = None,
-    ) -> Plan:
+    async def planned(self, port: Port, asked: Asked) -> Plan:
         """`plan`, with the host's own key function, which may be async, where there is one."""
-        settings, function = self.settings, self.key
-        plain = isinstance(body, bytes) and not content_encoding and kind != "transcription"
-        if plain and function is None and not enforced:
-            assert isinstance(body, bytes)
-            return self.quick(kind, body, scope, cache_control)
-        request = read_request(
-            settings, kind, body, content_type=content_type, content_encoding=content_encoding
-        )
+        settings, function, body = self.settings, self.key, asked.body
+        if function is None and not asked.enforced and isinstance(body, bytes) and asked.is_plain_json:
+            return self.quick(asked.kind, asked.route, body, asked.scope, asked.cache_control)
+        request = read_request(settings, asked)
         custom = None
         if function is not None and request.problem is None:
             request, custom = await self._custom_key(port, function, request)
-        return make_plan(
-            settings,
-            request,
-            scope=scope,
-            cache_control=cache_control,
-            enforced=enforced,
-            custom_key=custom,
-        )
+        return make_plan(settings, request, asked, custom_key=custom)
 
     async def _custom_key(
         self, port: Port, function: Callable[..., object], request: Request

@@ -14,10 +14,10 @@ from .._ports.sync import SyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight, FlightReader
-from ..caching.headers import Pairs, add_info, as_text, stream_headers
+from ..caching.headers import IDENTITY, Pairs, add_info, as_text, stream_headers
 from ..caching.lookup import Opened
-from ..caching.plan import Plan
-from ..errors import CacheMissError, InvalidRequestError, LLMMiddlewareError
+from ..caching.plan import Asked, Plan
+from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
@@ -28,11 +28,7 @@ logger = logging.getLogger("llm_middleware")
 
 _port = SyncPort()
 
-_CREDENTIALS = (
-    ("HTTP_AUTHORIZATION", b"authorization"),
-    ("HTTP_COOKIE", b"cookie"),
-    ("HTTP_X_API_KEY", b"x-api-key"),
-)
+_CREDENTIALS = tuple((f"HTTP_{name.decode().upper().replace('-', '_')}", name) for name in sorted(IDENTITY))
 
 
 class _Readable(Protocol):
@@ -97,6 +93,7 @@ class Exchange:
         front: Front,
         app: WSGIApplication,
         kind: str,
+        path: str,
         environ: WSGIEnvironment,
         start_response: StartResponse,
     ) -> None:
@@ -105,6 +102,7 @@ class Exchange:
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
+        self.route = front.own[path]
         self.environ = environ
         self.start_response = start_response
         self.body = b""
@@ -123,17 +121,21 @@ class Exchange:
         try:
             scope = self._caller()
             if scope is None:
-                self.give(self.body)
+                plan = self.cache.plan(self.kind, self.body)
+                self.give(self.body if plan.forward is None else plan.forward)
                 return self._pass_on("identify-failed")
             plan = run_sync(
                 self.cache.planner.planned(
                     _port,
-                    self.kind,
-                    self.body,
-                    scope=scope,
-                    cache_control=environ.get("HTTP_CACHE_CONTROL", ""),
-                    content_type=environ.get("CONTENT_TYPE", ""),
-                    content_encoding=environ.get("HTTP_CONTENT_ENCODING", "").strip().lower(),
+                    Asked(
+                        self.kind,
+                        self.body,
+                        scope,
+                        self.route,
+                        environ.get("HTTP_CACHE_CONTROL", ""),
+                        environ.get("CONTENT_TYPE", ""),
+                        environ.get("HTTP_CONTENT_ENCODING", "").strip().lower(),
+                    ),
                 )
             )
         except InvalidRequestError as exc:
@@ -213,6 +215,8 @@ class Exchange:
     def _answer(self, plan: Plan) -> Iterable[bytes]:
         self.give(self.body if plan.forward is None else plan.forward)
         if plan.bypass is not None:
+            if plan.controls.only_if_cached:
+                return self._refuse(CacheMissError(NOT_CACHED))
             return self._pass_on(plan.bypass, plan)
         found = self.flow.now(plan, self.header)
         if found is not None and found.stale is None:

@@ -30,6 +30,7 @@ class LLMCacheMiddleware:
     def __init__(
         self,
         app: WSGIApplication,
+        /,
         *,
         cache: CacheManager | None = None,
         routes: Mapping[str, str] | None = None,
@@ -43,7 +44,8 @@ class LLMCacheMiddleware:
         self._routes = self._front.routes
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
-        kind = self._routes.get(environ.get("PATH_INFO", ""))
+        path = environ.get("PATH_INFO", "")
+        kind = self._routes.get(path)
         if kind is None or environ["REQUEST_METHOD"] != "POST":
             return self.app(environ, start_response)
-        return Exchange(self._front, self.app, kind, environ, start_response).run()
+        return Exchange(self._front, self.app, kind, path, environ, start_response).run()

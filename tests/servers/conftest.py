@@ -83,8 +83,8 @@ def run_server(server: str, app: str, env: Mapping[str, str]) -> Iterator[str]:
         try:
             yield f"http://127.0.0.1:{port}"
         finally:
-            del _running[name]
             stop(process)
+            del _running[name]
 
 
 def start(server: str, app: str, env: Mapping[str, str], log: int) -> tuple[subprocess.Popen[bytes], int]:
