@@ -6,6 +6,8 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 
+from ..errors import StoreError
+
 __all__ = ["AsyncPort"]
 
 # Tasks that nobody awaits are held here: the loop itself keeps only weak references.
@@ -47,13 +49,24 @@ class AsyncPort:
         result = function(*args)
         return await result if isinstance(result, Awaitable) else result
 
-    async def store(self, store: object, operation: str, *args: object) -> object:
+    async def store(
+        self, store: object, operation: str, *args: object, budget: float | None = None
+    ) -> object:
+        if getattr(store, "inline", False) and operation == "get":
+            # Microseconds, and no wait that a budget could end.
+            return await self._operation(store, operation, args)
+        try:
+            async with asyncio.timeout(budget):
+                return await self._operation(store, operation, args)
+        except TimeoutError as exc:
+            raise StoreError(f"{operation} took longer than {budget} s") from exc
+
+    async def _operation(self, store: object, operation: str, args: tuple[object, ...]) -> object:
         method = getattr(store, "a" + operation, None)
         if method is not None:
             return await self.call(method, *args)
         method = getattr(store, operation)
-        # Reads of an inline store take microseconds; its writes may wait for a disk or a lock.
-        if getattr(store, "inline", False) and (operation == "get" or getattr(store, "objects", False)):
+        if getattr(store, "inline", False) and operation == "get":
             return await self.call(method, *args)
         return await asyncio.to_thread(method, *args)
 

@@ -27,8 +27,13 @@ class Port(Protocol):
         """What the host's function returns; awaited where it returns an awaitable."""
         ...
 
-    async def store(self, store: object, operation: str, *args: object) -> object:
-        """A store's operation (``get``, ``set``, ``delete``, ``flush``, ``close``), on its fitting face."""
+    async def store(
+        self, store: object, operation: str, *args: object, budget: float | None = None
+    ) -> object:
+        """A store's operation (``get``, ``set``, ``delete``, ``flush``, ``close``), on its fitting face.
+
+        ``budget``: seconds after which the caller goes on without it, where the port can do that.
+        """
         ...
 
     async def pull(self, function: Callable[[], None]) -> None:

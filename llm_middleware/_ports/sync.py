@@ -37,7 +37,10 @@ class SyncPort:
             return run_sync(result)
         return result
 
-    async def store(self, store: object, operation: str, *args: object) -> object:
+    async def store(
+        self, store: object, operation: str, *args: object, budget: float | None = None
+    ) -> object:
+        # A blocking call cannot be left: stores with a sync face keep a budget of their own.
         method = getattr(store, operation, None)
         if method is None:
             raise StoreError(f"{type(store).__name__} has no sync {operation}(): use the async methods")

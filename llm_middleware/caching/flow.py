@@ -7,11 +7,8 @@ goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from .._ports.protocol import Port
 from ..errors import NOT_CACHED, CacheMissError
-from ..events import Hook
 from ..types import Clock
 from .fastlane import no_header
 from .flight import ABANDONED, FlightTable
@@ -20,6 +17,7 @@ from .lookup import Header, Lookup, Opened
 from .plan import Plan
 from .reporter import Reporter
 from .settings import CacheSettings
+from .tiers import Tiers
 
 __all__ = ["Flow"]
 
@@ -27,14 +25,12 @@ __all__ = ["Flow"]
 class Flow:
     """The machinery of one cache: its store, flights, clock, hooks and counters."""
 
-    def __init__(
-        self, settings: CacheSettings, store: object, *, clock: Clock, hooks: Sequence[Hook] = ()
-    ) -> None:
+    def __init__(self, settings: CacheSettings, tiers: Tiers, *, clock: Clock, reporter: Reporter) -> None:
         self.settings = settings
-        self.store = store
-        self.reporter = Reporter(hooks, str(getattr(store, "tier", "custom")))
-        self.lookup = Lookup(store, clock, self.reporter)
-        self.keeper = Keeper(settings, store, clock, self.reporter)
+        self.tiers = tiers
+        self.reporter = reporter
+        self.lookup = Lookup(tiers, clock)
+        self.keeper = Keeper(settings, tiers, clock, reporter)
         self.flights = FlightTable()
         self.now = self.lookup.now
         self.tell = self.reporter.tell

@@ -15,7 +15,7 @@ from . import admission, headers
 from .answer import CacheInfo
 from .batch import Batch, joined, split
 from .endpoints import ENDPOINTS
-from .entry import Entry, Form, encode, pack_ends
+from .entry import Entry, Form, pack_ends
 from .fastlane import no_header
 from .flight import Flight
 from .lookup import Header, Opened
@@ -23,6 +23,7 @@ from .plan import Plan
 from .reporter import Reporter
 from .settings import CacheSettings
 from .sse import event_ends
+from .tiers import Tiers
 
 __all__ = ["Keeper", "Recorded"]
 
@@ -40,10 +41,9 @@ class Recorded:
 
 
 class Keeper:
-    def __init__(self, settings: CacheSettings, store: object, clock: Clock, reporter: Reporter) -> None:
+    def __init__(self, settings: CacheSettings, tiers: Tiers, clock: Clock, reporter: Reporter) -> None:
         self.settings = settings
-        self.store = store
-        self.objects = bool(getattr(store, "objects", False))
+        self.tiers = tiers
         self.clock = clock
         self.reporter = reporter
 
@@ -179,13 +179,7 @@ class Keeper:
             entry.stream = form
         else:
             entry.plain = form
-        try:
-            value = entry if self.objects else encode(entry)
-            await port.store(self.store, "set", plan.key, value, kept_for)
-        except Exception as exc:
-            self.reporter.store_failed(plan.kind, plan.key, exc)
-            return False
-        return True
+        return await self.tiers.set(port, plan.kind, plan.key, entry, kept_for)
 
     async def land(
         self,

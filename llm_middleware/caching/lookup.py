@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .._ports.protocol import Port
-from ..errors import CorruptEntryError
 from ..types import Clock
 from .answer import Found
 from .batch import Batch, joined, reduced
-from .entry import Entry, decode
+from .entry import Entry
 from .fastlane import no_header, select, usable_on_error
 from .flight import Flight
 from .plan import Plan
-from .reporter import Reporter
+from .tiers import Tiers
 
 __all__ = ["Header", "Lookup", "Opened"]
 
@@ -46,26 +45,24 @@ class Opened:
 
 
 class Lookup:
-    def __init__(self, store: object, clock: Clock, reporter: Reporter) -> None:
-        self.store = store
-        self.objects = bool(getattr(store, "objects", False))
+    def __init__(self, tiers: Tiers, clock: Clock) -> None:
+        self.tiers = tiers
         self.clock = clock
-        self.reporter = reporter
-        self.tier = reporter.tier
 
     def now(self, plan: Plan, header: Header = no_header) -> Found | None:
         """The fast lane: an answer from process memory, with no wait."""
-        if not self.objects or not plan.lookup:
+        memory = self.tiers.memory
+        if memory is None or not plan.lookup:
             return None
         if plan.items:
-            return self._whole_batch(plan, self.store.get, header)  # type: ignore[attr-defined]
-        entry = self.store.get(plan.key)  # type: ignore[attr-defined]
-        return None if entry is None else select(entry, plan, self.clock(), self.tier, header)
+            return self._whole_batch(plan, memory.get, header)
+        entry = memory.get(plan.key)
+        return None if entry is None else select(entry, plan, self.clock(), "memory", header)
 
-    def _item(self, entry: Entry | None, plan: Plan, header: Header) -> Found | None:
+    def _item(self, entry: Entry | None, plan: Plan, tier: str, header: Header) -> Found | None:
         if entry is None or entry.kind != plan.kind:
             return None
-        found = select(entry, plan, self.clock(), self.tier, header)
+        found = select(entry, plan, self.clock(), tier, header)
         return found if found is not None and found.stale is None else None
 
     def _whole_batch(self, plan: Plan, get: Callable[[str], Entry | None], header: Header) -> Found | None:
@@ -73,7 +70,7 @@ class Lookup:
         items = {}
         for key in plan.items:
             if key not in items:
-                found = self._item(get(key), plan, header)
+                found = self._item(get(key), plan, "memory", header)
                 if found is None:
                     return None
                 items[key] = found
@@ -82,9 +79,9 @@ class Lookup:
     async def _look_batch(self, port: Port, plan: Plan, header: Header) -> Opened:
         items: dict[str, Found] = {}
         if plan.lookup:
-            for key in dict.fromkeys(plan.items):
-                entry = await self.entry(port, replace(plan, key=key))
-                found = self._item(entry, plan, header)
+            entries = await self.tiers.get_many(port, plan.kind, list(dict.fromkeys(plan.items)))
+            for key, (entry, tier) in entries.items():
+                found = self._item(entry, plan, tier, header)
                 if found is not None:
                     items[key] = found
         if len(items) == len(set(plan.items)):
@@ -95,49 +92,27 @@ class Lookup:
         bodies = {key: found.body for key, found in items.items()}
         return Opened(batch=Batch(plan.items, bodies, () if first is None else first.headers))
 
-    async def entry(self, port: Port, plan: Plan) -> Entry | None:
-        """The stored entry, whatever its age; None where there is none or the store fails."""
-        try:
-            value = await port.store(self.store, "get", plan.key)
-            if value is None or isinstance(value, Entry):
-                return value
-            entry = decode(value)  # type: ignore[arg-type]
-        except CorruptEntryError as exc:
-            self.reporter.store_failed(plan.kind, plan.key, exc)
-            await self._remove(port, plan)
-            return None
-        except Exception as exc:
-            self.reporter.store_failed(plan.kind, plan.key, exc)
-            return None
-        return entry if entry.kind == plan.kind else None
-
     async def find(self, port: Port, plan: Plan, header: Header = no_header) -> Found | None:
         """A stored answer that fits, or None."""
         if plan.items:
             return (await self._look_batch(port, plan, header)).found
-        entry = await self.entry(port, plan)
-        return None if entry is None else select(entry, plan, self.clock(), self.tier, header)
+        entry, tier = await self.tiers.get(port, plan.kind, plan.key)
+        return None if entry is None else select(entry, plan, self.clock(), tier, header)
 
     async def look(self, port: Port, plan: Plan, header: Header) -> Opened:
         if plan.items:
             return await self._look_batch(port, plan, header)
-        entry = await self.entry(port, plan)
+        entry, tier = await self.tiers.get(port, plan.kind, plan.key)
         if entry is None:
             return Opened()
         now = self.clock()
         if plan.lookup:
-            found = select(entry, plan, now, self.tier, header)
+            found = select(entry, plan, now, tier, header)
             if found is not None:
                 return Opened(found)
-        fallback = usable_on_error(entry, plan, now, self.tier, header)
+        fallback = usable_on_error(entry, plan, now, tier, header)
         lacks_form = plan.lookup and entry.expires > now and plan.simple
         return Opened(beside=entry if lacks_form else None, fallback=fallback)
-
-    async def _remove(self, port: Port, plan: Plan) -> None:
-        try:
-            await port.store(self.store, "delete", [plan.key])
-        except Exception as exc:
-            self.reporter.store_failed(plan.kind, plan.key, exc)
 
 
 def _joined_found(plan: Plan, items: dict[str, Found]) -> Found | None:

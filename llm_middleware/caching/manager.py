@@ -14,11 +14,12 @@ from .._ports.protocol import Port
 from .._ports.sync import SyncPort
 from ..errors import ConfigError
 from ..events import Hook
+from ..stores.functions import Functions, FunctionStore
 from ..types import Clock
 from .answer import Answer, CacheInfo
+from .backends import make_tiers
 from .controls import parse_body
 from .endpoints import kind_of
-from .entry import entry_size
 from .fetch import Call, Fetch, answer_found, recorded
 from .flow import Flow
 from .headers import EVENT_STREAM
@@ -26,6 +27,7 @@ from .keeper import Recorded
 from .ping import ping
 from .plan import Asked, Body, Plan
 from .planner import Planner
+from .reporter import Reporter
 from .settings import make_settings
 from .sse import event_ends
 
@@ -35,8 +37,6 @@ T = TypeVar("T")
 
 _SYNC = SyncPort()
 _async_port: Port | None = None
-
-_TYPES = ("local", "disk", "custom")
 
 
 def _async() -> Port:
@@ -75,37 +75,39 @@ class CacheManager:
         own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
         self._clock = clock
         self.settings = make_settings({**settings, "type": type}, known=own)
-        self.get_cache = get_cache
-        self.add_cache = add_cache
-        self._flow = Flow(self.settings, self._store(store), clock=clock, hooks=hooks)
-        self.planner = Planner(self.settings, self._flow.reporter)
+        self._functions = Functions(get_cache, add_cache)
+        if store is None and self._functions.given:
+            store = FunctionStore(self._functions)
+        reporter = Reporter(hooks)
+        tiers = make_tiers(self.settings, store, clock, reporter)
+        self._flow = Flow(self.settings, tiers, clock=clock, reporter=reporter)
+        self.planner = Planner(self.settings, reporter)
         self._lock = threading.Lock()
 
-    def _store(self, store: object | None) -> object:
-        settings = self.settings
-        if settings.type not in _TYPES:
-            import difflib
+    @property
+    def get_cache(self) -> Callable[[str], object] | None:
+        """The host's own ``get_cache(key) -> bytes | None``, sync or async; assign one to replace it."""
+        return self._functions.get_cache
 
-            near = difflib.get_close_matches(settings.type, _TYPES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(
-                f"type: expected one of {list(_TYPES)}, got {settings.type!r}{hint}", param="type"
-            )
-        if settings.type == "custom":
-            if store is not None:
-                return store
-            from ..stores.functions import FunctionStore
+    @get_cache.setter
+    def get_cache(self, function: Callable[[str], object] | None) -> None:
+        self._functions.get_cache = function
+        self._use_functions()
 
-            return FunctionStore(self)
-        if store is not None:
-            raise ConfigError("store: goes with type='custom' (or no type) only", param="store")
-        if settings.type == "disk":
-            from ..stores.disk import DiskStore
+    @property
+    def add_cache(self) -> Callable[..., object] | None:
+        """The host's own ``add_cache(key, value, ttl)``, sync or async; assign one to replace it."""
+        return self._functions.add_cache
 
-            return DiskStore(settings.disk_cache_dir, max_bytes=settings.max_bytes, clock=self._clock)
-        from ..stores.memory import MemoryStore
+    @add_cache.setter
+    def add_cache(self, function: Callable[..., object] | None) -> None:
+        self._functions.add_cache = function
+        self._use_functions()
 
-        return MemoryStore(max_bytes=settings.max_bytes, size_of=entry_size, clock=self._clock)
+    def _use_functions(self) -> None:
+        """From now on the host's own functions are the store; what was stored before is no longer asked."""
+        if not isinstance(self._flow.tiers.store, FunctionStore):
+            self._flow.tiers.replace(FunctionStore(self._functions))
 
     # --- settings at run time
 
@@ -309,7 +311,7 @@ class CacheManager:
     async def _delete(self, port: Port, keys: Sequence[str]) -> int:
         namespace = self.settings.namespace
         full = [key if ":" in key else f"{namespace}:{key}" for key in keys]
-        return _count(await port.store(self._flow.store, "delete", full))
+        return await self._flow.tiers.delete(port, full)
 
     def flush(self) -> int:
         """Remove everything in this manager's namespace, and nothing else; how many entries there were."""
@@ -320,7 +322,7 @@ class CacheManager:
         return await self._flush(_async())
 
     async def _flush(self, port: Port) -> int:
-        return _count(await port.store(self._flow.store, "flush", self.settings.namespace))
+        return await self._flow.tiers.flush(port, self.settings.namespace)
 
     def ping(self) -> dict[str, object]:
         """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``. Raises what
@@ -336,8 +338,8 @@ class CacheManager:
 
     def stats(self) -> dict[str, object]:
         """Counters since the start, by event name, and the sizes of the memory store."""
-        store = self._flow.store
-        sizes = {"entries": len(store), "bytes": store.bytes} if self._flow.lookup.objects else {}  # type: ignore[arg-type, attr-defined]
+        memory = self._flow.tiers.memory
+        sizes = {} if memory is None else {"entries": len(memory), "bytes": memory.bytes}
         return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes}
 
     def close(self) -> None:
@@ -349,18 +351,13 @@ class CacheManager:
         await self._close(_async())
 
     async def _close(self, port: Port) -> None:
-        await port.store(self._flow.store, "close")
+        await self._flow.tiers.close(port)
 
     def cached(self, function: Callable[..., T] | None = None, **options: object) -> object:
         """Decorate a function, coroutine, generator or async generator: see `llm_middleware.cached`."""
         from .decorator import cached
 
         return cached(function, cache=self, **options)  # type: ignore[call-overload]
-
-
-def _count(value: object) -> int:
-    assert isinstance(value, int)
-    return value
 
 
 def _forwarded(body: Body, plan: Plan) -> object:

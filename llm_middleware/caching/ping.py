@@ -6,7 +6,7 @@ import os
 import time
 
 from .._ports.protocol import Port
-from .entry import Entry, Form, decode, encode
+from .entry import Entry, Form
 from .flow import Flow
 
 __all__ = ["ping"]
@@ -18,12 +18,8 @@ async def ping(port: Port, flow: Flow, namespace: str, now: float) -> dict[str, 
     key = f"{namespace}:{os.urandom(32).hex()}"
     probe = Entry("json", now, now + 60, Form((), b"probe"))
     began = time.perf_counter()
-    await port.store(flow.store, "set", key, probe if flow.lookup.objects else encode(probe), 60.0)
-    value = await port.store(flow.store, "get", key)
-    await port.store(flow.store, "delete", [key])
+    healthy = await flow.tiers.probe(port, key, probe)
     taken = time.perf_counter() - began
-    entry = value if isinstance(value, Entry) or value is None else decode(value)  # type: ignore[arg-type]
-    healthy = entry is not None and entry.plain is not None and entry.plain.body == b"probe"
     return {
         "status": "healthy" if healthy else "unhealthy",
         "tier": flow.reporter.tier,

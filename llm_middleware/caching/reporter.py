@@ -19,11 +19,12 @@ logger = logging.getLogger("llm_middleware")
 class Reporter:
     """``tier``: the name of the store that is reported on."""
 
-    def __init__(self, hooks: Sequence[Hook], tier: str) -> None:
+    def __init__(self, hooks: Sequence[Hook]) -> None:
         self.hooks = tuple(hooks)
-        self.tier = tier
+        self.tier = "memory"
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
+        self._failing = False
 
     def emit(self, event: Event) -> None:
         with self._lock:
@@ -46,13 +47,19 @@ class Reporter:
             Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)
         )
 
-    def store_failed(self, plan_kind: str, key: str, error: BaseException) -> None:
+    def store_failed(self, kind: str, key: str, error: BaseException) -> None:
+        """The store failed, and the request goes on. Logged once for each burst of failures."""
         with self._lock:
-            first = self.counts["store-error"] == 0
-        self.emit(Event("store-error", plan_kind, key, tier=self.tier, error=error))
+            first, self._failing = not self._failing, True
+        self.emit(Event("store-error", kind, key, tier=self.tier, error=error))
         (logger.warning if first else logger.debug)(
             "cache store %s failed: %s: %s", self.tier, type(error).__name__, error
         )
+
+    def store_answered(self) -> None:
+        """The store works: its next failure begins another burst."""
+        if self._failing:
+            self._failing = False
 
     def background_failed(self, plan: Plan, error: BaseException) -> None:
         """A refresh behind a stale answer failed; the stale answer stays."""

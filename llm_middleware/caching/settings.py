@@ -25,6 +25,8 @@ class CacheSettings:
 
     ``kinds``: the endpoint kinds that are cached (None: all). ``controls``: the settings' own controls in the
     form that requests' controls have. ``policy``: reason code to whether such answers are stored.
+    ``default_in_memory_ttl``: the longest that memory keeps what a shared store behind it has.
+    ``store_timeout``: what one operation on a store outside the process may take.
     """
 
     type: str = "local"
@@ -48,6 +50,8 @@ class CacheSettings:
     max_entry_bytes: int = 8 * _MIB
     max_body_bytes: int = 10 * _MIB
     disk_cache_dir: str = ".llm_cache"
+    default_in_memory_ttl: float = 60.0
+    store_timeout: float = 0.25
     kinds: frozenset[str] | None = field(default=None, init=False)
     controls: Mapping[str, object] = field(default_factory=dict, init=False)
     policy: Mapping[str, bool] = field(default_factory=dict, init=False)
@@ -186,6 +190,8 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "max_entry_bytes": _bytes,
     "max_body_bytes": _bytes,
     "disk_cache_dir": _path,
+    "default_in_memory_ttl": _seconds,
+    "store_timeout": _seconds,
 }
 
 _NAMES = tuple(setting.name for setting in fields(CacheSettings) if setting.init)

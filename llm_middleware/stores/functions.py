@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from ..errors import StoreError
 
-__all__ = ["FunctionStore"]
+__all__ = ["FunctionStore", "Functions"]
 
 
-class _Functions(Protocol):
-    get_cache: Callable[[str], object] | None
-    add_cache: Callable[..., object] | None
+@dataclass(slots=True)
+class Functions:
+    """The host's own functions; either may be replaced while in use."""
+
+    get_cache: Callable[[str], object] | None = None
+    add_cache: Callable[..., object] | None = None
+
+    @property
+    def given(self) -> bool:
+        return self.get_cache is not None or self.add_cache is not None
 
 
 class FunctionStore:
@@ -22,18 +29,18 @@ class FunctionStore:
     tier = "custom"
     inline = True
 
-    def __init__(self, owner: _Functions) -> None:
-        self._owner = owner
+    def __init__(self, functions: Functions) -> None:
+        self._functions = functions
 
     def get(self, key: str) -> object:
-        function = self._owner.get_cache
+        function = self._functions.get_cache
         return None if function is None else function(key)
 
     def aget(self, key: str) -> object:
         return self.get(key)
 
     def set(self, key: str, value: bytes, ttl: float | None) -> object:
-        function = self._owner.add_cache
+        function = self._functions.add_cache
         return None if function is None else function(key, value, ttl)
 
     def aset(self, key: str, value: bytes, ttl: float | None) -> object:
