@@ -56,9 +56,11 @@ class AsyncPort:
             # Microseconds, and no wait that a budget could end.
             return await self._operation(store, operation, args)
         try:
-            async with asyncio.timeout(budget):
+            async with asyncio.timeout(budget) as limit:
                 return await self._operation(store, operation, args)
         except TimeoutError as exc:
+            if not limit.expired():
+                raise
             raise StoreError(f"{operation} took longer than {budget} s") from exc
 
     async def _operation(self, store: object, operation: str, args: tuple[object, ...]) -> object:
@@ -73,6 +75,12 @@ class AsyncPort:
     async def pull(self, function: Callable[[], None]) -> None:
         # Shielded: a reader that leaves must not leave the function queued and never run.
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, function))
+
+    def beside(self, function: Callable[[], object]) -> None:
+        try:
+            asyncio.get_running_loop().run_in_executor(None, function)
+        except RuntimeError:  # no loop any more, so nobody to hold up
+            function()
 
     def spawn(self, work: Callable[[], Coroutine[object, object, object]]) -> Callable[[], None]:
         loop = asyncio.get_running_loop()

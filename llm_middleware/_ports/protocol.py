@@ -40,6 +40,10 @@ class Port(Protocol):
         """Run a function that blocks; once begun it runs to its end even where the caller is cancelled."""
         ...
 
+    def beside(self, function: Callable[[], object]) -> None:
+        """Run a function that may block where it does not hold the caller up, if there is such a place."""
+        ...
+
     def spawn(self, work: Callable[[], Coroutine[object, object, object]]) -> Callable[[], None]:
         """Run ``work`` beside the caller; the function returned cancels it where that is possible."""
         ...

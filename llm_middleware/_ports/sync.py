@@ -49,6 +49,9 @@ class SyncPort:
     async def pull(self, function: Callable[[], None]) -> None:
         function()
 
+    def beside(self, function: Callable[[], object]) -> None:
+        function()
+
     def spawn(self, work: Callable[[], Coroutine[object, object, object]]) -> Callable[[], None]:
         context = contextvars.copy_context()
         thread = threading.Thread(

@@ -11,7 +11,7 @@ from .._ports.async_ import AsyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight
-from ..caching.headers import IDENTITY, add_info, stream_headers
+from ..caching.headers import IDENTITY, add_info, kept, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
@@ -22,6 +22,10 @@ __all__ = ["Exchange"]
 logger = logging.getLogger("llm_middleware")
 
 _port = AsyncPort()
+
+# What became of reading along: the client has its answer, or this request makes a call of its own, behind a
+# flight that another may lead, or beside all flights.
+_DONE, _AGAIN, _ALONE = "done", "again", "alone"
 
 
 class Exchange:
@@ -42,7 +46,8 @@ class Exchange:
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
-        self.route = front.own[path]
+        query = scope.get("query_string", b"")
+        self.route = front.own[path] + (f"?{query.decode('latin-1')}" if query else "")
         self.scope = scope
         self.receive = receive
         self.send = send
@@ -194,7 +199,7 @@ class Exchange:
         opened = await self.flow.open(_port, plan, self.header)
         if opened.found is not None:
             await self.send_found(plan, opened.found)
-            if opened.found.stale == "stale-while-revalidate":
+            if opened.found.stale == "stale-while-revalidate" and plan.store:
                 self._revalidate(plan)
             return True
         assert opened.flight is not None
@@ -216,52 +221,52 @@ class Exchange:
         headers = add_info(found.headers, info, self.front.profile)
         if found.chunks is None:
             headers.append((b"content-length", b"%d" % len(found.body)))
-            await self.send({"type": "http.response.start", "status": 200, "headers": headers})
+            await self.send({"type": "http.response.start", "status": found.status, "headers": headers})
             await self.send({"type": "http.response.body", "body": found.body})
             return
-        await self.send({"type": "http.response.start", "status": 200, "headers": stream_headers(headers)})
+        start = {"type": "http.response.start", "status": found.status, "headers": stream_headers(headers)}
+        await self.send(start)
         for chunk in found.chunks:
             await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _follow(self, plan: Plan, flight: Flight) -> bool:
         try:
-            done = await self._unless_client_leaves(self._read_along(plan, flight))
+            outcome = await self._unless_client_leaves(self._read_along(plan, flight))
         finally:
             flight.leave()
-        return done is None or done
+        if outcome == _ALONE:
+            from .leader import Leader
 
-    async def _read_along(self, plan: Plan, flight: Flight) -> bool:
+            await Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run()
+        return outcome != _AGAIN
+
+    async def _read_along(self, plan: Plan, flight: Flight) -> str:
+        """Give the client what the flight gets; or say that this request must call, again or by itself."""
         head = await flight.begun(_port)
         if head is None:
-            return False
+            return _AGAIN
         if flight.vary is None or any(self.header(name) != value for name, value in flight.vary):
-            # What the leader got was made for its own headers: this request calls for itself.
-            await self._alone(plan)
-            return True
+            # What the leader got was made for its own headers.
+            return _ALONE
         info = CacheInfo("collapsed", plan.digest, forward="miss")
         self.flow.tell(plan, info)
-        headers = add_info(head.headers, info, self.front.profile)
+        headers = add_info(kept(head.headers), info, self.front.profile)
         if not head.streamed:
             body = await flight.body(_port)
             headers = [pair for pair in headers if pair[0] != b"content-length"]
             headers.append((b"content-length", b"%d" % len(body)))
             await self.send({"type": "http.response.start", "status": head.status, "headers": headers})
             await self.send({"type": "http.response.body", "body": body})
-            return True
+            return _DONE
         start = {"type": "http.response.start", "status": head.status, "headers": stream_headers(headers)}
         await self.send(start)
         async for chunk in flight.read(_port):
             await self.send({"type": "http.response.body", "body": chunk, "more_body": True})
         await self.send({"type": "http.response.body", "body": b"", "more_body": False})
-        return True
+        return _DONE
 
-    async def _alone(self, plan: Plan) -> None:
-        from .leader import Leader
-
-        await Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run(watch=False)
-
-    async def _unless_client_leaves(self, work: Coroutine[object, object, bool]) -> bool | None:
+    async def _unless_client_leaves(self, work: Coroutine[object, object, str]) -> str | None:
         """``work``'s result; None where the client left first and it was cancelled."""
         task = asyncio.ensure_future(work)
         watch = asyncio.ensure_future(self.client_left())

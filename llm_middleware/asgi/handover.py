@@ -52,31 +52,28 @@ class _Step:
 
     def __await__(self) -> Generator[Any, Any, _Rest | None]:
         step = self._step
-        try:
-            pending = next(step)
-        except StopIteration:
-            return None
+        # What __await__ returns need only be an iterator; servers in other languages give no more.
+        resume = partial(next, step)
         while True:
-            if isinstance(pending, asyncio.Future) and not pending.done():
-                pending._asyncio_future_blocking = False
-                joined = yield from self._watch(pending).__await__()
-                if joined:
-                    return _Rest(step, pending)
-                resume = None
-            else:
-                # A bare yield, or a wait of the server's own making: pass it on as it is.
-                try:
-                    resume = yield pending
-                except BaseException as exc:
-                    if not hasattr(step, "throw"):
-                        raise
-                    pending = step.throw(exc)
-                    continue
             try:
-                # What __await__ returns need only be an iterator; servers in other languages give no more.
-                pending = next(step) if resume is None else step.send(resume)
+                pending = resume()
             except StopIteration:
                 return None
+            resume = partial(next, step)
+            try:
+                if isinstance(pending, asyncio.Future) and not pending.done():
+                    pending._asyncio_future_blocking = False
+                    if (yield from self._watch(pending).__await__()):
+                        return _Rest(step, pending)
+                else:
+                    # A bare yield, or a wait of the server's own making: pass it on as it is.
+                    value = yield pending
+                    if value is not None:
+                        resume = partial(step.send, value)
+            except BaseException as exc:
+                if not hasattr(step, "throw"):
+                    raise
+                resume = partial(step.throw, exc)
 
     async def _watch(self, pending: asyncio.Future[object]) -> bool:
         """Wait for ``pending`` or for a reader; whether a reader came first."""

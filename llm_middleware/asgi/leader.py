@@ -21,6 +21,7 @@ from ..caching import headers as http
 from ..caching.answer import CacheInfo
 from ..caching.flight import ABANDONED, DONE, FAILED, OPEN, Flight, Head, lead
 from ..caching.keeper import Recorded
+from ..caching.landing import Landing
 from ..caching.lookup import Opened
 from ..caching.plan import Plan
 from ..types import Headers
@@ -32,6 +33,9 @@ __all__ = ["Leader"]
 
 logger = logging.getLogger("llm_middleware")
 
+# Seconds that a handler has to end by itself once it is told that its client has left.
+_GRACE = 1.0
+
 
 class Leader:
     def __init__(self, exchange: Exchange, plan: Plan, flight: Flight, opened: Opened) -> None:
@@ -41,8 +45,15 @@ class Leader:
         self.plan = plan if forward is None else replace(plan, forward=forward)
         self.flight = flight
         self.opened = opened
-        self.beside = opened.beside
         self.fallback = opened.fallback
+        self.landing = Landing(
+            self.flow.keeper,
+            self.flow.flights,
+            self.plan,
+            flight,
+            beside=opened.beside,
+            header=exchange.header,
+        )
         self.policy = self.flow.settings.on_disconnect
         self.task: asyncio.Task[None] | None = None
         self.writer: asyncio.Task[None] | None = None
@@ -59,10 +70,10 @@ class Leader:
 
     # --- the request's own task
 
-    async def run(self, *, watch: bool = True) -> None:
+    async def run(self) -> None:
         """Call the handler and wait for it; what it raises is raised here."""
         task = self.task = asyncio.create_task(self._handle())
-        watcher = asyncio.create_task(self._watch()) if watch else None
+        watcher = asyncio.create_task(self._watch())
         try:
             await asyncio.wait({task})
             if self.writer is not None:
@@ -70,12 +81,15 @@ class Leader:
         except asyncio.CancelledError:
             # The server cancels a request whose client has left, and every request when it stops.
             if not self._client_left():
+                self.flight.close_to_readers()
                 task.cancel()
                 await asyncio.wait({task})
+            if self.writer is not None:
+                self.writer.cancel()
+                await asyncio.wait({self.writer})
             raise
         finally:
-            if watcher is not None:
-                watcher.cancel()
+            watcher.cancel()
         if task.cancelled():
             if not self.client_gone:
                 raise asyncio.CancelledError
@@ -91,9 +105,10 @@ class Leader:
 
     async def _watch(self) -> None:
         await self.exchange.client_left()
-        self.disconnected.set()
-        if not self.answered and not self._client_left() and self.task is not None:
-            self.task.cancel()
+        if self.answered:
+            self.disconnected.set()
+        elif not self._client_left():
+            await self._hang_up()
 
     def _client_left(self) -> bool:
         """Take note that the client has left; whether the handler goes on without it."""
@@ -102,9 +117,18 @@ class Leader:
             return True
         if self.policy == "cancel" or self.flight.readers == 0 or self.task is None:
             return False
-        task, loop = self.task, asyncio.get_running_loop()
-        self.flight.cancel_with(partial(loop.call_soon_threadsafe, task.cancel))
+        loop = asyncio.get_running_loop()
+        self.flight.cancel_with(partial(loop.call_soon_threadsafe, _port.spawn, self._hang_up))
         return True
+
+    async def _hang_up(self) -> None:
+        """Tell the handler that its client has left, and cancel it if it does not end by itself."""
+        self.flight.close_to_readers()
+        self.flow.flights.land(self.flight)
+        self.disconnected.set()
+        if self.task is not None:
+            await asyncio.wait({self.task}, timeout=_GRACE)
+            self.task.cancel()
 
     # --- the handler's task
 
@@ -155,9 +179,8 @@ class Leader:
             await self._body(message)
         else:
             # An extension of the server's (a file by path, a push): not ours to record.
-            if self.start and not self.streaming:
-                self.flight.joinable = False
-                await self._begin_stream()
+            if self.start and not self.streaming and not self.answered:
+                await self._begin_stream(shared=False)
             await self._to_client(message)
 
     async def _body(self, message: Message) -> None:
@@ -173,7 +196,9 @@ class Leader:
             if self.replaced:
                 return
         if body:
-            self.flight.push(bytes(body))
+            body = bytes(body)
+            await self.landing.before(_port, body)
+            self.flight.push(body)
         if more:
             await self._to_client(message)
         else:
@@ -216,7 +241,7 @@ class Leader:
         assert found is not None
         self.replaced = self.answered = True
         self.flow.flights.land(self.flight)
-        self.flight.begin(Head(200, found.headers, found.chunks is not None))
+        self.flight.begin(Head(found.status, found.headers, found.chunks is not None))
         for chunk in [found.body] if found.chunks is None else found.chunks:
             self.flight.push(chunk)
         self.flight.end(DONE)
@@ -225,7 +250,7 @@ class Leader:
 
     # --- streams
 
-    async def _begin_stream(self) -> None:
+    async def _begin_stream(self, *, shared: bool = True) -> None:
         if self.fallback is not None and _failed(self.status):
             await self._fall_back()
             return
@@ -234,8 +259,8 @@ class Leader:
         info = CacheInfo("miss", self.plan.digest, detail, "miss" if self.plan.lookup else "request")
         self.flow.tell(self.plan, info)
         self._vary()
-        if http.content_encoding(self.headers):
-            self.flight.vary = None  # encoded for this client; others call for themselves
+        if http.content_encoding(self.headers) or not shared:
+            self.flight.vary = None  # made for this client; others call for themselves
         self.flight.begin(Head(self.status, self.headers, streamed=True))
         headers = http.stream_headers(self.headers) if self._is_event_stream() else self.headers
         headers = http.add_info(headers, info, self.exchange.front.profile)
@@ -249,24 +274,13 @@ class Leader:
 
     async def _end_stream(self, message: Message) -> None:
         self.answered = True
-        info = await self._land(complete=True)
-        self.flight.end(DONE, outcome=info)
+        self.flight.end(DONE, outcome=await self.landing.end(_port))
         await self._to_client(message)
-
-    async def _land(self, *, complete: bool) -> CacheInfo:
-        return await self.flow.keeper.land(
-            _port,
-            self.plan,
-            self.flight,
-            beside=self.beside,
-            header=self.exchange.header,
-            complete=complete,
-        )
 
     async def _broken_off(self) -> None:
         """The handler ended before its answer did. A stream that is whole all the same is kept."""
         if self.streaming:
-            await self._land(complete=False)
+            await self.landing.left(_port)
         self.flight.end(ABANDONED)
 
     # --- to the client
@@ -300,7 +314,8 @@ class Leader:
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         except OSError:
-            self._client_left()
+            if not self._client_left():
+                await self._hang_up()
         except Exception as exc:
             logger.debug("a stream ended for its client: %s: %s", type(exc).__name__, exc)
 

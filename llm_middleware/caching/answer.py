@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 
-from .._drive import iter_sync
+from .._drive import iter_sync, run_sync
 from ..types import Headers
 
 __all__ = ["Answer", "CacheInfo", "Found"]
@@ -76,7 +76,7 @@ class Answer:
             await close()
 
     def close(self) -> None:
-        iter_sync(self.chunks()).close()
+        run_sync(self.aclose())
 
 
 async def _one(body: bytes) -> AsyncIterator[bytes]:
@@ -94,3 +94,4 @@ class Found:
     ttl: float
     tier: str
     stale: str | None = None
+    status: int = 200

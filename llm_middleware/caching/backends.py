@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 
 from ..errors import ConfigError
 from ..stores.memory import MemoryStore
@@ -14,9 +15,25 @@ from .reporter import Reporter
 from .settings import CacheSettings
 from .tiers import Tiers
 
-__all__ = ["make_tiers"]
+__all__ = ["check_arguments", "make_tiers"]
 
 _TYPES = ("local", "disk", "custom")
+
+
+def check_arguments(
+    kind: object, store: object, hooks: object, clock: object, get_cache: object, add_cache: object
+) -> None:
+    """`ConfigError` for an argument of `CacheManager` that is no setting and cannot be what it is."""
+    if not isinstance(kind, str):
+        raise ConfigError(f"type: expected one of {list(_TYPES)}, got {kind!r}", param="type")
+    for name, value in {"clock": clock, "get_cache": get_cache, "add_cache": add_cache}.items():
+        if not callable(value) and (name == "clock" or value is not None):
+            raise ConfigError(f"{name}: expected a function, got {value!r}", param=name)
+    if not isinstance(hooks, Sequence) or isinstance(hooks, str) or not all(map(callable, hooks)):
+        raise ConfigError(f"hooks: expected a list of functions, got {hooks!r}", param="hooks")
+    faces = (("get", "set"), ("aget", "aset"))
+    if store is not None and not any(all(hasattr(store, name) for name in face) for face in faces):
+        raise ConfigError(f"store: expected a Store or an AsyncStore, got {store!r}", param="store")
 
 
 def make_tiers(settings: CacheSettings, store: object | None, clock: Clock, reporter: Reporter) -> Tiers:
@@ -27,7 +44,7 @@ def make_tiers(settings: CacheSettings, store: object | None, clock: Clock, repo
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"type: expected one of {list(_TYPES)}, got {kind!r}{hint}", param="type")
     if (store is not None) != (kind == "custom"):
-        raise ConfigError("store: goes with type='custom' (or no type), and that with it", param="store")
+        raise ConfigError("store: goes with type='custom' (or no type) only", param="store")
     memory: MemoryStore[Entry] | None = None
     if kind == "local":
         memory = MemoryStore(max_bytes=settings.max_bytes, size_of=entry_size, clock=clock)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 
 from . import cache_key
 from .cache_key import UnkeyableError
-from .fetch import _json
+from .results import as_json
 
 if TYPE_CHECKING:
     from .manager import CacheManager
@@ -73,7 +73,7 @@ def _wrap_function(own: _Cached) -> Callable[..., object]:
             return own.function(*args, **kwargs)
         answer = own.cache.fetch(
             body,
-            lambda _: _json(own.function(*args, **kwargs)),
+            lambda _: as_json(own.function(*args, **kwargs)),
             kind="json",
             scope=own.scope_of(args, kwargs),
             controls=own.controls,
@@ -86,7 +86,7 @@ def _wrap_function(own: _Cached) -> Callable[..., object]:
 def _wrap_coroutine(own: _Cached) -> Callable[..., object]:
     async def wrapper(*args: object, **kwargs: object) -> object:
         async def call(_: object) -> bytes:
-            return _json(await own.function(*args, **kwargs))  # type: ignore[misc]
+            return as_json(await own.function(*args, **kwargs))  # type: ignore[misc]
 
         body = own.body(args, kwargs, stream=False)
         if not own.keyable(body):
@@ -102,7 +102,7 @@ def _wrap_coroutine(own: _Cached) -> Callable[..., object]:
 def _wrap_generator(own: _Cached) -> Callable[..., object]:
     def items(args: tuple[object, ...], kwargs: dict[str, object]) -> Iterator[bytes]:
         for item in own.function(*args, **kwargs):  # type: ignore[attr-defined]
-            yield _json(item)
+            yield as_json(item)
 
     def wrapper(*args: object, **kwargs: object) -> Iterator[object]:
         body = own.body(args, kwargs, stream=True)
@@ -128,7 +128,7 @@ def _wrap_generator(own: _Cached) -> Callable[..., object]:
 def _wrap_async_generator(own: _Cached) -> Callable[..., object]:
     async def items(args: tuple[object, ...], kwargs: dict[str, object]) -> AsyncIterator[bytes]:
         async for item in own.function(*args, **kwargs):  # type: ignore[attr-defined]
-            yield _json(item)
+            yield as_json(item)
 
     async def wrapper(*args: object, **kwargs: object) -> AsyncIterator[object]:
         body = own.body(args, kwargs, stream=True)

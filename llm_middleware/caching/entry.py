@@ -39,13 +39,15 @@ class Form:
 
     ``headers``: end-to-end response headers to replay. ``body``: the whole payload. ``ends``: for an
     answer that was streamed, the offset after each event or chunk as packed u32; None for a plain body.
-    ``usage``: the recorded request asked for ``stream_options.include_usage``.
+    ``usage``: the recorded request asked for ``stream_options.include_usage``. ``status``: 200, but where
+    the host chose to keep errors too.
     """
 
     headers: Headers
     body: bytes
     ends: bytes | None = None
     usage: bool = False
+    status: int = 200
 
     def chunks(self) -> list[bytes]:
         """The payload cut where it was cut when it was recorded."""
@@ -97,7 +99,7 @@ def encode(entry: Entry) -> bytes:
             sizes += (0, 0)
             continue
         headers = [[name.decode("latin-1"), value.decode("latin-1")] for name, value in form.headers]
-        forms.append([headers, form.ends is not None, form.usage])
+        forms.append([headers, form.ends is not None, form.usage, form.status])
         parts += (form.body, form.ends or b"")
         sizes += (len(form.body), len(form.ends or b""))
     meta = json.dumps(
@@ -127,11 +129,11 @@ def decode(data: bytes) -> Entry:
             if form is None:
                 decoded.append(None)
                 continue
-            headers, streamed, usage = form
+            headers, streamed, usage, status = form
             body, ends = data[at : at + body_size], data[at + body_size : at + body_size + ends_size]
             at += body_size + ends_size
             pairs = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
-            decoded.append(Form(pairs, body, ends if streamed else None, usage))
+            decoded.append(Form(pairs, body, ends if streamed else None, usage, status))
         plain, stream = decoded
         varied = tuple((name, value) for name, value in vary)
         return Entry(kind, created, expires, plain, stream, model, tuple(tags), varied)

@@ -48,14 +48,13 @@ def select(
         return None
     form = entry.stream if plan.stream else entry.plain
     if form is not None and not plan.stream:
-        return Found(
-            form.headers, form.body, None if form.ends is None else form.chunks(), age, ttl, tier, stale
-        )
+        chunks = None if form.ends is None else form.chunks()
+        return Found(form.headers, form.body, chunks, age, ttl, tier, stale, form.status)
     form = _streamed(entry, plan) if plan.stream else _plain(entry)
     if form is None:
         return None
     chunks = None if form.ends is None else form.chunks()
-    return Found(form.headers, form.body, chunks, age, ttl, tier, stale)
+    return Found(form.headers, form.body, chunks, age, ttl, tier, stale, form.status)
 
 
 def _staleness(plan: Plan, late: float) -> str | None:
@@ -94,7 +93,7 @@ def _streamed(entry: Entry, plan: Plan) -> Form | None:
             return form if b'"usage":{' in form.body.replace(b" ", b"") else None
         return _stream_form(form.headers, without_usage(form.body))
     plain = entry.plain
-    if plain is None or plain.ends is not None or content_type(plain.headers) != JSON:
+    if plain is None or plain.status != 200 or plain.ends is not None or content_type(plain.headers) != JSON:
         return None
     body = explode(entry.kind, plain.body, usage=plan.usage)
     return None if body is None else _stream_form(_typed(plain.headers, EVENT_STREAM), body)
@@ -104,7 +103,7 @@ def _plain(entry: Entry) -> Form | None:
     from .streaming import assemble
 
     stream = entry.stream
-    if stream is None or not ENDPOINTS[entry.kind].convertible:
+    if stream is None or stream.status != 200 or not ENDPOINTS[entry.kind].convertible:
         return None
     if content_type(stream.headers) != b"text/event-stream":
         return None

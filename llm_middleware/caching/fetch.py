@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextvars
-import json
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 
-from .._drive import run_sync
 from .._ports.protocol import Port
 from .._ports.sync import SyncPort
 from ..errors import NOT_CACHED, CacheMissError, SuspendedInSyncError
@@ -16,68 +14,20 @@ from .batch import reduced
 from .entry import Entry
 from .flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead, lead_ends
 from .flow import Flow
-from .headers import EVENT_STREAM, JSON
-from .keeper import Recorded
+from .headers import EVENT_STREAM
+from .landing import Landing
 from .lookup import Opened
 from .plan import Plan
 from .pump import SyncPump
-from .sse import format_event
+from .results import Relay, close_items, recorded
 
-__all__ = ["Fetch", "answer_found", "recorded"]
+__all__ = ["Fetch", "answer_found"]
 
 Call = Callable[..., object]
 
-_END = object()
-_JSON_HEADERS: Headers = ((b"content-type", JSON),)
 _STREAM_HEADERS: Headers = ((b"content-type", EVENT_STREAM),)
 # An opaque stream is replayed in the pieces it came in, whatever they are.
 _OPAQUE_HEADERS: Headers = ((b"content-type", b"application/octet-stream"),)
-
-
-def _json(value: object) -> bytes:
-    dump = getattr(value, "model_dump_json", None)
-    if dump is not None:
-        # What the provider did not send must not be in the replay either.
-        return str(dump(exclude_unset=True)).encode()
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "surrogatepass")
-
-
-def recorded(result: object) -> Recorded:
-    """A call's plain result as an answer: bytes, text, JSON values, pydantic models, an `Answer`, or a
-    response object of httpx or requests. `TypeError` for anything else."""
-    if isinstance(result, Recorded):
-        return result
-    if isinstance(result, Answer):
-        return Recorded(result.status, result.headers, result.body)
-    if isinstance(result, (bytes, bytearray)):
-        return Recorded(200, _JSON_HEADERS, bytes(result))
-    if isinstance(result, str):
-        return Recorded(200, _JSON_HEADERS, result.encode("utf-8", "surrogatepass"))
-    if hasattr(result, "status_code") and hasattr(result, "content"):
-        pairs = getattr(result, "headers", {}).items()
-        sent = tuple((name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in pairs)
-        # The client has decoded the content already.
-        plain = tuple(pair for pair in sent if pair[0] not in (b"content-encoding", b"content-length"))
-        return Recorded(result.status_code, plain, result.content)
-    return Recorded(200, _JSON_HEADERS, _json(result))
-
-
-def _chunk(kind: str, item: object) -> bytes:
-    if isinstance(item, (bytes, bytearray)):
-        return bytes(item)
-    if isinstance(item, str):
-        return item.encode("utf-8", "surrogatepass")
-    event = item.get("type") if isinstance(item, Mapping) else getattr(item, "type", None)
-    named = kind in ("responses", "messages") and isinstance(event, str)
-    return format_event(_json(item), event if named else None)
-
-
-def _last(kind: str, item: object) -> bytes | None:
-    """What ends a stream whose items were objects: SDKs swallow the provider's own end."""
-    if isinstance(item, (bytes, bytearray, str)) or kind not in ("chat", "text"):
-        return None
-    return format_event(b"[DONE]")
 
 
 def answer_found(plan: Plan, found: Found) -> Answer:
@@ -91,9 +41,9 @@ def answer_found(plan: Plan, found: Found) -> Answer:
         tier=found.tier,
     )
     if found.chunks is None:
-        return Answer(info, 200, found.headers, found.body)
+        return Answer(info, found.status, found.headers, found.body)
     chunks = found.chunks
-    return Answer(info, 200, found.headers, found.body, lambda: _replay(chunks))
+    return Answer(info, found.status, found.headers, found.body, lambda: _replay(chunks))
 
 
 async def _replay(chunks: list[bytes]) -> AsyncIterator[bytes]:
@@ -118,7 +68,7 @@ class Fetch:
         while True:
             opened = await self.flow.open(self.port, self.plan)
             if opened.found is not None:
-                if opened.found.stale == "stale-while-revalidate":
+                if opened.found.stale == "stale-while-revalidate" and self.plan.store:
                     self._revalidate()
                 return self._told(answer_found(self.plan, opened.found))
             assert opened.flight is not None
@@ -140,12 +90,17 @@ class Fetch:
         if not isinstance(result, (AsyncIterator, Iterator)):
             answer = recorded(result)
             return self._told(Answer(info, answer.status, answer.headers, answer.body))
-        kind = self.plan.kind
-        if isinstance(result, AsyncIterator):
-            stream: Callable[[], AsyncIterator[bytes]] = lambda: _encoded_async(kind, result)  # noqa: E731
-        else:
-            stream = lambda: _encoded(kind, result)  # noqa: E731
-        return self._told(Answer(info, 200, _STREAM_HEADERS, b"", stream))
+        self._iterable(result)
+        relay = Relay(self.plan.kind, result)
+        return self._told(Answer(info, 200, self._stream_headers, b"", lambda: relay))
+
+    def _iterable(self, items: object) -> None:
+        if isinstance(items, AsyncIterator) and isinstance(self.port, SyncPort):
+            raise SuspendedInSyncError("the call returned an async iterator: use the async method instead")
+
+    @property
+    def _stream_headers(self) -> Headers:
+        return _OPAQUE_HEADERS if self.plan.kind == "json" else _STREAM_HEADERS
 
     # --- leading
 
@@ -181,7 +136,7 @@ class Fetch:
 
     async def _fallback(self, flight: Flight, found: Found) -> Answer:
         chunks = [found.body] if found.chunks is None else found.chunks
-        flight.begin(Head(200, found.headers, found.chunks is not None))
+        flight.begin(Head(found.status, found.headers, found.chunks is not None))
         for chunk in chunks:
             flight.push(chunk)
         flight.end(DONE)
@@ -189,70 +144,55 @@ class Fetch:
         return answer_found(self.plan, found)
 
     def _stream(self, flight: Flight, items: AsyncIterator[object] | Iterator[object]) -> Answer:
-        if isinstance(items, AsyncIterator) and isinstance(self.port, SyncPort):
-            raise SuspendedInSyncError("the call returned an async iterator: use the async method instead")
+        self._iterable(items)
         policy = self.flow.settings.on_disconnect
         finish = policy == "finish"
-        headers = _OPAQUE_HEADERS if self.plan.kind == "json" else _STREAM_HEADERS
+        headers = self._stream_headers
         flight.begin(Head(200, headers, streamed=True))
+        landing = Landing(self.flow.keeper, self.flow.flights, self.plan, flight, beside=self.beside)
         flight.enter()
         if isinstance(items, AsyncIterator):
-            cancel = self.port.spawn(lambda: self._produce(flight, items))
+            cancel = self.port.spawn(lambda: self._produce(flight, landing, items))
             if not finish:
                 flight.cancel_with(cancel)
         else:
-            self._pump(flight, items).begin(finish=finish)
+            self._pump(flight, landing, items).begin(finish=finish)
         info = CacheInfo("miss", self.plan.digest, forward="miss" if self.plan.lookup else "request")
         reader = FlightReader(flight, self.port, ends_all=policy == "cancel")
         return Answer(info, 200, headers, b"", lambda: reader)
 
-    def _pump(self, flight: Flight, items: Iterator[object]) -> SyncPump:
-        port, last = SyncPort(), list[object]((b"",))
-
-        def pull() -> bytes | None:
-            item = next(items, _END)
-            if item is _END:
-                return None
-            last[0] = item
-            return _chunk(self.plan.kind, item)
-
+    def _pump(self, flight: Flight, landing: Landing, items: Iterator[object]) -> SyncPump:
+        relay = Relay(self.plan.kind, items)
         return SyncPump(
             self.flow.flights,
             flight,
-            pull=pull,
-            done=lambda: run_sync(self._done(port, flight, last[0])),
-            left=lambda: run_sync(self._left(port, flight)),
+            landing,
+            port=SyncPort(),
+            pull=relay.pull,
             close=getattr(items, "close", None),
             context=contextvars.copy_context(),
         )
 
-    async def _produce(self, flight: Flight, items: AsyncIterator[object]) -> None:
-        item: object = b""
+    async def _produce(self, flight: Flight, landing: Landing, items: AsyncIterator[object]) -> None:
+        port = self.port
         try:
-            async for item in items:
-                flight.push(_chunk(self.plan.kind, item))
-                await flight.room(self.port)
-            await self._done(self.port, flight, item)
+            async for chunk in Relay(self.plan.kind, items):
+                await landing.before(port, chunk)
+                flight.push(chunk)
+                await flight.room(port)
+            flight.end(DONE, outcome=await landing.end(port))
         except Exception as exc:
             flight.end(FAILED, error=exc)
         except BaseException:
-            await _aclose(items)
-            await self._left(self.port, flight)
+            flight.close_to_readers()
+            await landing.left(port)
             raise
         finally:
             self.flow.flights.land(flight)
-
-    async def _done(self, port: Port, flight: Flight, item: object) -> None:
-        last = _last(self.plan.kind, item)
-        if last is not None:
-            flight.push(last)
-        info = await self.flow.keeper.land(port, self.plan, flight, beside=self.beside)
-        flight.end(DONE, outcome=info)
-
-    async def _left(self, port: Port, flight: Flight) -> None:
-        """Nobody reads any more. What was recorded is kept only if it happens to be whole."""
-        await self.flow.keeper.land(port, self.plan, flight, beside=self.beside, complete=False)
-        flight.end(ABANDONED)
+            try:
+                await close_items(items)
+            finally:
+                flight.end(ABANDONED)
 
     # --- following
 
@@ -263,6 +203,9 @@ class Fetch:
             head = await flight.begun(self.port)
             if head is None:
                 return None
+            if flight.vary != ():
+                # An answer over HTTP that was made for its caller's headers; this caller has none.
+                return await self._lead(self.flow.flights.solo(self.plan.key), Opened())
             if head.streamed:
                 reader, left = FlightReader(flight, self.port), True
                 return Answer(info, head.status, head.headers, b"", lambda: reader)
@@ -301,29 +244,3 @@ class _UpstreamFailedError(Exception):
 
 def _failed(status: int) -> bool:
     return status >= 500 or status == 429
-
-
-async def _aclose(items: AsyncIterator[object]) -> None:
-    close = getattr(items, "aclose", None) or getattr(items, "close", None)
-    if close is not None:
-        result = close()
-        if hasattr(result, "__await__"):
-            await result
-
-
-async def _encoded_async(kind: str, items: AsyncIterator[object]) -> AsyncIterator[bytes]:
-    item: object = b""
-    async for item in items:
-        yield _chunk(kind, item)
-    last = _last(kind, item)
-    if last is not None:
-        yield last
-
-
-async def _encoded(kind: str, items: Iterator[object]) -> AsyncIterator[bytes]:
-    item: object = b""
-    for item in items:
-        yield _chunk(kind, item)
-    last = _last(kind, item)
-    if last is not None:
-        yield last

@@ -16,6 +16,7 @@ import contextvars
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 from .._ports.protocol import Port, Waiter
 from ..errors import FlightAbandonedError
@@ -33,6 +34,8 @@ __all__ = [
     "lead",
     "lead_ends",
 ]
+
+Beside = Callable[[Callable[[], object]], object]
 
 OPEN, DONE, FAILED, ABANDONED = "open", "done", "failed", "abandoned"
 
@@ -55,7 +58,9 @@ class Flight:
     """One call in progress, shared by all who asked for the same thing meanwhile."""
 
     __slots__ = (
+        "_afterwards",
         "_cancel",
+        "_closing",
         "_furthest",
         "_lock",
         "_pumping",
@@ -95,6 +100,8 @@ class Flight:
         self._source: Callable[[], None] | None = None
         self._pumping = False
         self._cancel: Callable[[], object] | None = None
+        self._afterwards: Callable[[], object] | None = None
+        self._closing = False
 
     # --- the leader's side
 
@@ -155,24 +162,51 @@ class Flight:
 
     # --- the readers' side
 
-    def enter(self) -> None:
+    def enter(self) -> bool:
+        """One more reader; False where the flight is being cancelled and takes none."""
         with self._lock:
+            if self._closing:
+                return False
             self.readers += 1
             on_join = self.on_join
         if on_join is not None:
             on_join()
+        return True
 
-    def leave(self, *, ends_all: bool = False) -> None:
-        """A reader goes. The last one, or one that ``ends_all``, stops the call."""
+    def close_to_readers(self) -> None:
+        """From now on `enter` refuses: the call is about to be cancelled."""
+        with self._lock:
+            self._closing = True
+
+    def leave(self, *, ends_all: bool = False, beside: Beside | None = None) -> None:
+        """A reader goes. The last one, or one that ``ends_all``, stops the call: in ``beside``, which runs a
+        function that may block, where it is given."""
         with self._lock:
             self.readers -= 1
-            last = self.readers == 0 or ends_all
-            cancel = self._cancel if last and self.state == OPEN else None
+            cancel = None
+            if (self.readers == 0 or ends_all) and self.state == OPEN:
+                cancel, self._cancel = self._cancel, None
+            if cancel is not None:
+                self._closing = True
+                if self._pumping:
+                    # Whoever is pulling now must not be disturbed, and does it afterwards.
+                    self._afterwards, cancel = cancel, None
+                elif self._source is not None:
+                    self._pumping = True
             # Whoever waits may now have to pump for itself.
             self._wake()
         self._make_room()
         if cancel is not None:
+            stop = partial(self._stop, cancel)
+            beside(stop) if beside is not None and self._source is not None else stop()
+
+    def _stop(self, cancel: Callable[[], object]) -> None:
+        try:
             cancel()
+        finally:
+            with self._lock:
+                self._pumping = False
+                self._wake()
 
     async def _advance(self, port: Port, seen: int, *, head: bool = False) -> None:
         """Wait until there is more than ``seen`` chunks (or a head, or an end), pulling it if nobody does."""
@@ -194,8 +228,11 @@ class Flight:
                 source()
         finally:
             with self._lock:
-                self._pumping = False
+                afterwards, self._afterwards = self._afterwards, None
+                self._pumping = afterwards is not None
                 self._wake()
+            if afterwards is not None:
+                self._stop(afterwards)
 
     async def begun(self, port: Port) -> Head | None:
         """The head, once it is there; None where the flight was abandoned. Raises what the leader met."""
@@ -204,7 +241,7 @@ class Flight:
         if self.state == FAILED and self.head is None:
             assert self.error is not None
             raise self.error
-        return None if self.state == ABANDONED and not self.chunks else self.head
+        return None if self.state == ABANDONED else self.head
 
     async def read(self, port: Port, at: int = 0) -> AsyncIterator[bytes]:
         """The record from chunk ``at`` on, and then what comes, to the end. Raises what the leader met."""
@@ -246,11 +283,10 @@ class FlightTable:
             return Flight(key, joinable=False), True
         with self._lock:
             flight = self._flights.get(key)
-            if flight is None:
-                flight = self._flights[key] = Flight(key, joinable=True)
-                return flight, True
-        flight.enter()
-        return flight, False
+            if flight is not None and flight.enter():
+                return flight, False
+            flight = self._flights[key] = Flight(key, joinable=True)
+            return flight, True
 
     def solo(self, key: str) -> Flight:
         """A flight that nobody can join, for an answer that only its caller may have."""
@@ -277,11 +313,12 @@ class FlightReader:
     """One reader's place in a flight's record: an async iterator that leaves the flight when it ends, is
     closed, or is dropped without ever having been read."""
 
-    __slots__ = ("_chunks", "_ends_all", "_flight", "_left")
+    __slots__ = ("_beside", "_chunks", "_ends_all", "_flight", "_left")
 
     def __init__(self, flight: Flight, port: Port, *, ends_all: bool = False) -> None:
         self._flight = flight
         self._chunks = flight.read(port)
+        self._beside = port.beside
         self._ends_all = ends_all
         self._left = False
 
@@ -301,7 +338,7 @@ class FlightReader:
     def _leave(self) -> None:
         if not self._left:
             self._left = True
-            self._flight.leave(ends_all=self._ends_all)
+            self._flight.leave(ends_all=self._ends_all, beside=self._beside)
 
     def __del__(self) -> None:
         self._leave()

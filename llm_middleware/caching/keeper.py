@@ -14,15 +14,12 @@ from ..types import Clock, Headers
 from . import admission, headers
 from .answer import CacheInfo
 from .batch import Batch, joined, split
-from .endpoints import ENDPOINTS
 from .entry import Entry, Form, pack_ends
 from .fastlane import no_header
-from .flight import Flight
 from .lookup import Header, Opened
 from .plan import Plan
 from .reporter import Reporter
 from .settings import CacheSettings
-from .sse import event_ends
 from .tiers import Tiers
 
 __all__ = ["Keeper", "Recorded"]
@@ -168,7 +165,7 @@ class Keeper:
         now = self.clock()
         expires, kept_for = self._lifetime(plan, now)
         ends = None if answer.ends is None else pack_ends(answer.ends)
-        form = Form(headers.kept(answer.headers), answer.body, ends, plan.usage)
+        form = Form(headers.kept(answer.headers), answer.body, ends, plan.usage, answer.status)
         vary = headers.varies(answer.headers, header) or ()
         entry = Entry(plan.kind, now, expires, None, None, plan.model, plan.controls.tags, vary)
         if beside is not None and beside.vary == vary:
@@ -180,27 +177,6 @@ class Keeper:
         else:
             entry.plain = form
         return await self.tiers.set(port, plan.kind, plan.key, entry, kept_for)
-
-    async def land(
-        self,
-        port: Port,
-        plan: Plan,
-        flight: Flight,
-        *,
-        beside: Entry | None = None,
-        header: Header = no_header,
-        complete: bool = True,
-    ) -> CacheInfo:
-        """Settle what a streamed flight recorded. ``complete`` False: its reader left before the end, so only
-        a recording whose terminal event is there may be kept."""
-        assert flight.head is not None
-        body = b"".join(flight.chunks)
-        sse = headers.content_type(flight.head.headers) == b"text/event-stream"
-        ends = event_ends(body) if sse else _cumulative(flight.chunks)
-        answer = Recorded(flight.head.status, flight.head.headers, body, ends)
-        if not complete and (not sse or ENDPOINTS[plan.kind].terminal is None):
-            return CacheInfo("miss", plan.digest, "unterminated", "miss")
-        return await self.settle(port, plan, answer, beside=beside, header=header)
 
 
 def _unmatched(answer: Recorded) -> Recorded:
@@ -223,11 +199,3 @@ def _decoded(answer: Recorded, limit: int) -> Recorded:
         return answer
     plain = tuple(pair for pair in answer.headers if pair[0] not in (b"content-encoding", b"content-length"))
     return replace(answer, headers=plain, body=body)
-
-
-def _cumulative(chunks: Sequence[bytes]) -> list[int]:
-    total, ends = 0, []
-    for chunk in chunks:
-        total += len(chunk)
-        ends.append(total)
-    return ends

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +19,13 @@ from .tiers import Tiers
 __all__ = ["Header", "Lookup", "Opened"]
 
 Header = Callable[[str], str]
+
+_GZIP = b"\x1f\x8b"
+
+
+def _bytes(body: object) -> bytes:
+    assert isinstance(body, bytes)
+    return body
 
 
 @dataclass(slots=True)
@@ -39,9 +47,10 @@ class Opened:
         """The body for the handler where some of a list's embeddings are stored, else None."""
         if self.batch is None or self.batch.whole:
             return None
-        fewer = reduced(body, self.batch)
-        assert isinstance(fewer, bytes)
-        return fewer
+        if body[:2] != _GZIP:
+            return _bytes(reduced(body, self.batch))
+        # A compressed body, whose plan has seen that it can be read.
+        return gzip.compress(_bytes(reduced(gzip.decompress(body), self.batch)), mtime=0)
 
 
 class Lookup:

@@ -17,10 +17,10 @@ from ..events import Hook
 from ..stores.functions import Functions, FunctionStore
 from ..types import Clock
 from .answer import Answer, CacheInfo
-from .backends import make_tiers
+from .backends import check_arguments, make_tiers
 from .controls import parse_body
 from .endpoints import kind_of
-from .fetch import Call, Fetch, answer_found, recorded
+from .fetch import Call, Fetch, answer_found
 from .flow import Flow
 from .headers import EVENT_STREAM
 from .keeper import Recorded
@@ -28,6 +28,7 @@ from .ping import ping
 from .plan import Asked, Body, Plan
 from .planner import Planner
 from .reporter import Reporter
+from .results import recorded
 from .settings import make_settings
 from .sse import event_ends
 
@@ -70,6 +71,7 @@ class CacheManager:
         add_cache: Callable[..., object] | None = None,
         **settings: object,
     ) -> None:
+        check_arguments(type, store, hooks, clock, get_cache, add_cache)
         if store is not None or get_cache is not None or add_cache is not None:
             type = "custom" if type == "local" else type  # noqa: A001
         own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")

@@ -9,31 +9,34 @@ from __future__ import annotations
 import contextvars
 from collections.abc import Callable
 
-from .flight import ABANDONED, FAILED, OPEN, Flight, FlightTable
+from .._drive import run_sync
+from .._ports.protocol import Port
+from .flight import ABANDONED, DONE, FAILED, OPEN, Flight, FlightTable
+from .landing import Landing
 
 __all__ = ["SyncPump"]
 
 
 class SyncPump:
-    """``pull()``: the next chunk, or None at the end. ``done()``: settle and end the flight. ``left()``: the
-    same where its readers left first. ``close()``: the stream's own close; it is called exactly once."""
+    """``pull()``: the next chunk, or None at the end. ``close()``: the stream's own close; it is called
+    exactly once."""
 
     def __init__(
         self,
         flights: FlightTable,
         flight: Flight,
+        landing: Landing,
         *,
+        port: Port,
         pull: Callable[[], bytes | None],
-        done: Callable[[], object],
-        left: Callable[[], object],
         close: Callable[[], object] | None,
         context: contextvars.Context,
     ) -> None:
         self._flights = flights
         self._flight = flight
+        self._landing = landing
+        self._port = port
         self._pull = pull
-        self._done = done
-        self._left = left
         self._close = close
         self._context = context
 
@@ -46,10 +49,12 @@ class SyncPump:
         try:
             chunk = self._context.run(self._pull)
             if chunk is not None:
+                run_sync(self._landing.before(self._port, chunk))
                 self._flight.push(chunk)
                 return
-            self._done()
+            outcome = run_sync(self._landing.end(self._port))
             self._close_once()
+            self._flight.end(DONE, outcome=outcome)
         except Exception as exc:
             self._flight.end(FAILED, error=exc)
             self._close_once(quiet=True)
@@ -70,11 +75,12 @@ class SyncPump:
                 raise
 
     def _abandon(self) -> None:
+        self._flights.land(self._flight)
         try:
             self._close_once()
         finally:
-            self._left()
-            self._flights.land(self._flight)
+            run_sync(self._landing.left(self._port))
+            self._flight.end(ABANDONED)
 
     def _drain(self) -> None:
         while self._flight.state == OPEN:

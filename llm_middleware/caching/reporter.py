@@ -24,7 +24,7 @@ class Reporter:
         self.tier = "memory"
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
-        self._failing = False
+        self._failing: set[str] = set()
 
     def emit(self, event: Event) -> None:
         with self._lock:
@@ -47,19 +47,21 @@ class Reporter:
             Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)
         )
 
-    def store_failed(self, kind: str, key: str, error: BaseException) -> None:
+    def store_failed(self, kind: str, key: str, error: BaseException, operation: str = "") -> None:
         """The store failed, and the request goes on. Logged once for each burst of failures."""
         with self._lock:
-            first, self._failing = not self._failing, True
+            first = not self._failing
+            self._failing.add(operation)
         self.emit(Event("store-error", kind, key, tier=self.tier, error=error))
         (logger.warning if first else logger.debug)(
             "cache store %s failed: %s: %s", self.tier, type(error).__name__, error
         )
 
-    def store_answered(self) -> None:
-        """The store works: its next failure begins another burst."""
+    def store_answered(self, operation: str) -> None:
+        """``operation`` works. When all that failed do again, the next failure begins another burst."""
         if self._failing:
-            self._failing = False
+            with self._lock:
+                self._failing.discard(operation)
 
     def background_failed(self, plan: Plan, error: BaseException) -> None:
         """A refresh behind a stale answer failed; the stale answer stays."""

@@ -89,7 +89,10 @@ def _number(expected: str, low: float, high: float) -> Callable[[str, object], o
                 raise _fail(name, expected, value) from None
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
             raise _fail(name, expected, value)
-        return float(number)
+        try:
+            return float(number)
+        except OverflowError:
+            raise _fail(name, expected, "a number without end") from None
 
     return check
 

@@ -70,12 +70,12 @@ class Tiers:
             self._breaker.failed()
             raise
         self._breaker.succeeded()
-        self._reporter.store_answered()
+        self._reporter.store_answered(operation)
         return result
 
-    def _failed(self, kind: str, key: str, error: Exception) -> None:
+    def _failed(self, kind: str, key: str, error: Exception, operation: str) -> None:
         if not (isinstance(error, StoreError) and error.code == "breaker_open"):
-            self._reporter.store_failed(kind, key, error)
+            self._reporter.store_failed(kind, key, error, operation)
 
     # --- reading
 
@@ -93,7 +93,7 @@ class Tiers:
             await self._remove(port, kind, key)
             return None, self.tier
         except Exception as exc:
-            self._failed(kind, key, exc)
+            self._failed(kind, key, exc, "get")
             return None, self.tier
         if entry is None or entry.kind != kind:
             return None, self.tier
@@ -133,7 +133,7 @@ class Tiers:
             values = await self._ask(port, "mget", missing)
             assert isinstance(values, list)
         except Exception as exc:
-            self._failed(kind, missing[0], exc)
+            self._failed(kind, missing[0], exc, "mget")
             return found
         for key, value in zip(missing, values, strict=True):
             if value is not None and (entry := await self._checked(port, kind, key, value)) is not None:
@@ -167,7 +167,7 @@ class Tiers:
             sealed = self._at_rest.seal(encode(entry), key=key)
             await self._ask(port, "set", key, sealed, kept_for)
         except Exception as exc:
-            self._failed(kind, key, exc)
+            self._failed(kind, key, exc, "set")
             return False
         return True
 
@@ -175,7 +175,7 @@ class Tiers:
         try:
             await self._ask(port, "delete", [key])
         except Exception as exc:
-            self._failed(kind, key, exc)
+            self._failed(kind, key, exc, "delete")
 
     # --- the operator's words: these raise what the store raises
 

@@ -14,7 +14,7 @@ from .._ports.sync import SyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight, FlightReader
-from ..caching.headers import IDENTITY, Pairs, add_info, as_text, stream_headers
+from ..caching.headers import IDENTITY, Pairs, add_info, as_text, kept, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
@@ -62,7 +62,7 @@ class _Chain:
         data = self._head.read(size)
         if size < 0:
             return data + self._rest.read()
-        return data if data or size == 0 else self._rest.read(size)
+        return data if len(data) == size else data + self._rest.read(size - len(data))
 
     def readline(self, size: int = -1) -> bytes:
         line = self._head.readline(size)
@@ -102,7 +102,8 @@ class Exchange:
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
-        self.route = front.own[path]
+        query = environ.get("QUERY_STRING", "")
+        self.route = front.own[path] + (f"?{query}" if query else "")
         self.environ = environ
         self.start_response = start_response
         self.body = b""
@@ -196,7 +197,7 @@ class Exchange:
 
         def start(status: str, headers: list[tuple[str, str]], exc_info: object = None) -> object:
             own = {name.lower() for name, _ in headers}
-            added = [pair for pair in as_text(extra) if pair[0] not in own]
+            added = [pair for pair in as_text(extra) if pair[0] != "cache-control" or pair[0] not in own]
             if exc_info is None:
                 return self.start_response(status, headers + added)
             return self.start_response(status, headers + added, exc_info)  # type: ignore[arg-type]
@@ -233,7 +234,7 @@ class Exchange:
             opened = run_sync(self.flow.open(_port, plan, self.header))
             if opened.found is not None:
                 refresh = None
-                if opened.found.stale == "stale-while-revalidate":
+                if opened.found.stale == "stale-while-revalidate" and plan.store:
                     refresh = self._refresh(plan)
                 return self.found(plan, opened.found, refresh)
             assert opened.flight is not None
@@ -258,10 +259,10 @@ class Exchange:
         self.flow.tell(plan, info)
         headers = add_info(found.headers, info, self.front.profile)
         if found.chunks is not None:
-            self.start("200 OK", stream_headers(headers))
+            self.start(status_line(found.status), stream_headers(headers))
             return Body(iter(found.chunks), close)
         headers.append((b"content-length", b"%d" % len(found.body)))
-        self.start("200 OK", headers)
+        self.start(status_line(found.status), headers)
         return [found.body] if close is None else Body([found.body], close)
 
     def _follow(self, plan: Plan, flight: Flight) -> Iterable[bytes] | None:
@@ -280,7 +281,7 @@ class Exchange:
             self.flow.tell(plan, info)
             headers = [
                 pair
-                for pair in add_info(head.headers, info, self.front.profile)
+                for pair in add_info(kept(head.headers), info, self.front.profile)
                 if pair[0] != b"content-length"
             ]
             if head.streamed:

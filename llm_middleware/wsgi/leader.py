@@ -18,6 +18,7 @@ from ..caching import headers as http
 from ..caching.answer import CacheInfo
 from ..caching.flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead
 from ..caching.keeper import Recorded
+from ..caching.landing import Landing
 from ..caching.lookup import Opened
 from ..caching.plan import Plan
 from ..caching.pump import SyncPump
@@ -40,6 +41,7 @@ class _Started:
     headers: Headers = ()
     written: list[bytes] = field(default_factory=list)
     sent: bool = False
+    starts: int = 0
 
     def start_response(
         self, status: str, headers: list[tuple[str, str]], exc_info: object = None
@@ -48,6 +50,7 @@ class _Started:
             raise exc_info[1].with_traceback(exc_info[2])  # type: ignore[index]
         if self.status and exc_info is None:
             raise AssertionError("start_response was called twice without exc_info")
+        self.starts += 1
         self.status = status
         self.headers = tuple(
             (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers
@@ -102,10 +105,17 @@ class Leader:
         if self.fallback is not None and self.started.status and _failed(self.started.code):
             self._close_result(quiet=True)
             return self._fall_back()
-        if self._is_plain():
-            body = first + b"".join(iter(self._next, _END))
-            return self._plain(body)
-        return self._stream(first)
+        return self._plain(self._whole(first)) if self._is_plain() else self._stream(first)
+
+    def _whole(self, first: bytes) -> bytes:
+        """The rest of a plain body. An app that starts over with an error, which it may since nothing was
+        sent, leaves what it said before."""
+        parts, starts = [first], self.started.starts
+        while chunk := self._next():
+            if self.started.starts != starts:
+                parts, starts = [], self.started.starts
+            parts.append(chunk)
+        return b"".join(parts)
 
     def _next(self) -> bytes:
         """The app's next chunk that is not empty; empty at the end."""
@@ -149,7 +159,7 @@ class Leader:
         found = self.fallback
         assert found is not None
         self.flow.flights.land(self.flight)
-        self.flight.begin(Head(200, found.headers, found.chunks is not None))
+        self.flight.begin(Head(found.status, found.headers, found.chunks is not None))
         for chunk in [found.body] if found.chunks is None else found.chunks:
             self.flight.push(chunk)
         self.flight.end(DONE)
@@ -206,37 +216,26 @@ class Leader:
         return Body(chunks, reader_close(chunks, reader))
 
     def _pump(self) -> SyncPump:
+        landing = Landing(
+            self.flow.keeper,
+            self.flow.flights,
+            self.plan,
+            self.flight,
+            beside=self.beside,
+            header=self.exchange.header,
+        )
         return SyncPump(
             self.flow.flights,
             self.flight,
+            landing,
+            port=_port,
             pull=lambda: self._next_in_context() or None,
-            done=self._done,
-            left=self._left,
             close=getattr(self.result, "close", None),
             context=self.context,
         )
 
     def _next_in_context(self) -> bytes:
         return next((chunk for chunk in self.chunks if chunk), _END)
-
-    def _land(self, *, complete: bool) -> CacheInfo:
-        return run_sync(
-            self.flow.keeper.land(
-                _port,
-                self.plan,
-                self.flight,
-                beside=self.beside,
-                header=self.exchange.header,
-                complete=complete,
-            )
-        )
-
-    def _done(self) -> None:
-        self.flight.end(DONE, outcome=self._land(complete=True))
-
-    def _left(self) -> None:
-        self._land(complete=False)
-        self.flight.end(ABANDONED)
 
 
 def _failed(status: int) -> bool:

@@ -617,7 +617,11 @@ def test_extension_a_file_by_its_path_is_sent_to_each_who_asks():
             await send({"type": "http.response.pathsend", "path": "/srv/answer.json"})
 
         cache = CacheManager()
-        tasks = [asyncio.ensure_future(talk(wrap(app, cache=cache), http())) for _ in range(3)]
+        # Servers take their time over a file.
+        tasks = [
+            asyncio.ensure_future(talk(wrap(app, cache=cache), http(), on_send=lambda message: turns(20)))
+            for _ in range(3)
+        ]
         await until(lambda: flights_readers(cache) == 2)
         go.set()
         return await asyncio.gather(*tasks)
@@ -1162,8 +1166,7 @@ def test_handover_cancelled_while_the_send_yields():
 
         async def send() -> None:
             try:
-                while True:
-                    await asyncio.sleep(0)
+                await turns(1000)
             except asyncio.CancelledError:
                 ends.append("given up")
 
@@ -1177,7 +1180,7 @@ def test_handover_cancelled_while_the_send_yields():
     asyncio.run(main())
 
 
-def test_handover_of_a_send_that_is_a_future_or_a_plain_generator():
+def test_handover_of_a_send_that_is_a_future_or_an_awaitable_of_its_own():
     @types.coroutine
     def generator():
         yield
@@ -1187,11 +1190,11 @@ def test_handover_of_a_send_that_is_a_future_or_a_plain_generator():
         """An awaitable of the server's own making."""
 
         def __await__(self):
-            return generator().__await__()
+            return generator()
 
     async def main() -> None:
         loop = asyncio.get_running_loop()
-        for sending in (Own(), generator(), done_future(loop)):
+        for sending in (Own(), done_future(loop)):
             assert await bounded(send_or_hand_over(sending, joinable())) is None
 
         late = loop.create_future()
@@ -1207,6 +1210,38 @@ def done_future(loop: asyncio.AbstractEventLoop) -> asyncio.Future:
     future = loop.create_future()
     future.set_result(None)
     return future
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_handover_of_an_awaitable_whose_iterator_is_no_generator(cancelled: bool):
+    """``__await__`` may return any iterator: servers that are not written in Python give no more."""
+
+    class Own:
+        def __init__(self) -> None:
+            self.left = 5
+
+        def __await__(self):
+            return self
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            if not self.left:
+                raise StopIteration
+            self.left -= 1
+
+    async def main() -> None:
+        sending = Own()
+        task = asyncio.ensure_future(send_or_hand_over(sending, joinable()))
+        if cancelled:
+            await turns(2)
+            task.cancel()
+        await asyncio.wait({task})
+        assert task.cancelled() == cancelled
+        assert (sending.left == 0) != cancelled
+
+    asyncio.run(main())
 
 
 def test_handover_of_what_another_framework_awaits():

@@ -5,6 +5,7 @@ Cases C34-C37, C39-C41, C43-C51 and C53, and of C27, C28 and C50 what `CacheMana
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import math
@@ -13,8 +14,9 @@ import time
 import pytest
 
 from llm_middleware import CacheManager, CacheMissError, ConfigError, InvalidRequestError
+from llm_middleware.asgi import LLMCacheMiddleware as ASGIMiddleware
 from llm_middleware.caching.controls import Controls, merge, parse_body, parse_header
-from tests.support import CHAT, completion
+from tests.support import CHAT, Host, completion
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -621,15 +623,30 @@ def test_a_header_is_read_in_time_that_grows_with_its_length():
     assert seconds(32_000) < 0.5
 
 
-def test_headers_in_several_lines_are_one(front):
-    """ASGI servers hand them over one by one."""
-    cache = CacheManager()
-    one = cache.plan("chat", BODY, cache_control="max-age=5, no-store")
-    assert (one.controls.max_age, one.controls.no_store) == (5.0, True)
-    client = front(lambda seen: completion(), cache=cache)
-    assert client.post(BODY, headers={"cache-control": "max-age=5, no-store"}).cache_status == (
-        "llm-middleware; fwd=miss; detail=no-store"
-    )
+def test_headers_in_several_lines_are_one():
+    """ASGI servers hand them over one by one; RFC 9110, section 5.3, joins them with commas."""
+    raw = json.dumps(BODY).encode()
+    app = ASGIMiddleware(Host(lambda seen: completion()).asgi, cache=CacheManager())
+    sent: list[dict] = []
+
+    async def run() -> None:
+        messages = [{"type": "http.request", "body": raw, "more_body": False}]
+
+        async def receive() -> dict:
+            if not messages:
+                await asyncio.Event().wait()
+            return messages.pop()
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        headers = [(b"cache-control", b"no-store"), (b"cache-control", b"max-age=5")]
+        headers.append((b"content-length", b"%d" % len(raw)))
+        await app({"type": "http", "method": "POST", "path": CHAT, "headers": headers}, receive, send)
+
+    asyncio.run(run())
+    told = dict(sent[0]["headers"])[b"cache-status"]
+    assert told == b"llm-middleware; fwd=miss; detail=no-store"
 
 
 # --- C27, C28, C50: precedence

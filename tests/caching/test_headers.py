@@ -473,6 +473,22 @@ def test_a_compressed_request_and_a_plain_one_are_the_same(front):
     assert client.post(BODY, headers={"content-encoding": "identity"}).cache == "hit"
 
 
+def test_a_compressed_request_of_which_a_part_is_stored(front):
+    """The handler gets what is missing, in the encoding that the headers say."""
+
+    def handler(seen):
+        raw = gzip.decompress(seen.body) if seen.headers.get("content-encoding") == "gzip" else seen.body
+        inputs = json.loads(raw)["input"]
+        return {"data": [{"index": at, "embedding": [text]} for at, text in enumerate(inputs)]}
+
+    client = front(handler, cache=CacheManager())
+    client.post({"model": "e", "input": ["a"]}, "/v1/embeddings")
+    packed = gzip.compress(json.dumps({"model": "e", "input": ["a", "b"]}).encode())
+    reply = client.post(packed, "/v1/embeddings", {"content-encoding": "gzip"})
+    assert [row["embedding"] for row in reply.json()["data"]] == [["a"], ["b"]]
+    assert reply.cache_status == 'llm-middleware; fwd=partial; stored; detail="1/2"'
+
+
 @pytest.mark.parametrize(
     "packed",
     [b"no gzip", b"", gzip.compress(b"{}")[:-1], gzip.compress(b"{}") + b"x", gzip.compress(b" " * 2000)],

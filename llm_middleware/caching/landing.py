@@ -1,0 +1,98 @@
+"""`Landing`: from a stream's chunks to a settled entry, once, whoever delivers them.
+
+A stream is settled when its terminal event is seen, before that event is given to anybody: clients hang up
+on it, and their next request must find the entry. What has no terminal event is settled at its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .._ports.protocol import Port
+from . import admission
+from .answer import CacheInfo
+from .endpoints import ENDPOINTS
+from .entry import Entry
+from .fastlane import no_header
+from .flight import Flight, FlightTable
+from .headers import content_type
+from .keeper import Keeper, Recorded
+from .lookup import Header
+from .plan import Plan
+from .sse import event_ends
+
+__all__ = ["Landing"]
+
+
+class Landing:
+    """One flight's way into the store."""
+
+    def __init__(
+        self,
+        keeper: Keeper,
+        flights: FlightTable,
+        plan: Plan,
+        flight: Flight,
+        *,
+        beside: Entry | None = None,
+        header: Header = no_header,
+    ) -> None:
+        self._keeper = keeper
+        self._flights = flights
+        self._plan = plan
+        self._flight = flight
+        self._beside = beside
+        self._header = header
+        terminal = ENDPOINTS[plan.kind].terminal
+        self._terminal = None if terminal is None else terminal.encode()
+        self._info: CacheInfo | None = None
+        self._size = 0
+
+    async def before(self, port: Port, chunk: bytes) -> None:
+        """``chunk`` is about to be delivered."""
+        if self._terminal is not None and self._terminal in chunk and chunk.rstrip()[-1:] in b"]}":
+            await self._early(port, chunk)
+
+    async def _early(self, port: Port, chunk: bytes) -> None:
+        head = self._flight.head
+        if head is None or head.status != 200 or content_type(head.headers) != b"text/event-stream":
+            return
+        body = b"".join([*self._flight.chunks, chunk])
+        if "unterminated" not in admission.stream_reasons(self._plan.kind, body):
+            await self._settle(port, body, event_ends(body))
+            if self._info is not None and self._info.stored:
+                self._flights.land(self._flight)
+
+    async def end(self, port: Port) -> CacheInfo:
+        """The stream came to its end."""
+        if self._info is None or self._size != self._flight.size:
+            await self._settle(port, *self._record())
+        assert self._info is not None
+        return self._info
+
+    async def left(self, port: Port) -> None:
+        """The stream was left before its end: kept only if its terminal event was there."""
+        if self._info is None and self._terminal is not None and self._flight.head is not None:
+            body, ends = self._record()
+            if content_type(self._flight.head.headers) == b"text/event-stream":
+                await self._settle(port, body, ends)
+
+    def _record(self) -> tuple[bytes, Sequence[int]]:
+        assert self._flight.head is not None
+        body = b"".join(self._flight.chunks)
+        if content_type(self._flight.head.headers) == b"text/event-stream":
+            return body, event_ends(body)
+        total, ends = 0, []
+        for chunk in self._flight.chunks:
+            total += len(chunk)
+            ends.append(total)
+        return body, ends
+
+    async def _settle(self, port: Port, body: bytes, ends: Sequence[int]) -> None:
+        head = self._flight.head
+        assert head is not None
+        record = Recorded(head.status, head.headers, body, ends)
+        self._size = len(body)
+        self._info = await self._keeper.settle(
+            port, self._plan, record, beside=self._beside, header=self._header
+        )
