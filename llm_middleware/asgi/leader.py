@@ -59,6 +59,7 @@ class Leader:
         self.writer: asyncio.Task[None] | None = None
         self.disconnected = asyncio.Event()
         self.client_gone = False
+        self.hung_up: OSError | None = None  # what the handler gets that still sends to nobody
         self.answered = False  # the handler has sent all of its answer
         self.replaced = False  # a stale answer stands in for the handler's
         self.given = False
@@ -95,7 +96,7 @@ class Leader:
                 raise asyncio.CancelledError
             return
         error = task.exception()
-        if error is not None:
+        if error is not None and error is not self.hung_up:
             raise error
 
     async def refresh(self) -> None:
@@ -125,6 +126,7 @@ class Leader:
         """Tell the handler that its client has left, and cancel it if it does not end by itself."""
         self.flight.close_to_readers()
         self.flow.flights.land(self.flight)
+        self.hung_up = OSError("the client has left")
         self.disconnected.set()
         if self.task is not None:
             await asyncio.wait({self.task}, timeout=_GRACE)
@@ -165,6 +167,8 @@ class Leader:
 
     async def _send(self, message: Message) -> None:
         kind = message["type"]
+        if self.hung_up is not None:
+            raise self.hung_up  # as servers do (ASGI 2.4)
         if self.replaced:
             return
         if kind == "http.response.start":

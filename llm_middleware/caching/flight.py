@@ -61,6 +61,7 @@ class Flight:
         "_afterwards",
         "_cancel",
         "_closing",
+        "_finishes",
         "_furthest",
         "_lock",
         "_pumping",
@@ -102,6 +103,7 @@ class Flight:
         self._cancel: Callable[[], object] | None = None
         self._afterwards: Callable[[], object] | None = None
         self._closing = False
+        self._finishes = False
 
     # --- the leader's side
 
@@ -133,10 +135,11 @@ class Flight:
             self._source = source
             self._wake()
 
-    def cancel_with(self, cancel: Callable[[], object]) -> None:
-        """``cancel()`` stops the call; it runs when the last reader has left."""
+    def cancel_with(self, cancel: Callable[[], object], *, finishes: bool = False) -> None:
+        """``cancel()`` stops the call, or ``finishes`` it; it runs when the last reader has left."""
         with self._lock:
             self._cancel = cancel
+            self._finishes = finishes
 
     async def room(self, port: Port) -> None:
         """Wait while the fastest reader is far behind: what nobody reads yet is not fetched yet."""
@@ -187,7 +190,7 @@ class Flight:
             if (self.readers == 0 or ends_all) and self.state == OPEN:
                 cancel, self._cancel = self._cancel, None
             if cancel is not None:
-                self._closing = True
+                self._closing = not self._finishes
                 if self._pumping:
                     # Whoever is pulling now must not be disturbed, and does it afterwards.
                     self._afterwards, cancel = cancel, None

@@ -43,7 +43,7 @@ class SyncPump:
     def begin(self, *, finish: bool) -> None:
         """Hand the stream to the flight's readers. ``finish``: it is read to its end when all have left."""
         self._flight.feed(self._step)
-        self._flight.cancel_with(self._drain if finish else self._abandon)
+        self._flight.cancel_with(self._drain if finish else self._abandon, finishes=finish)
 
     def _step(self) -> None:
         try:

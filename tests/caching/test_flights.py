@@ -22,7 +22,6 @@ import pytest
 
 from llm_middleware import CacheManager
 from llm_middleware.asgi import LLMCacheMiddleware as ASGIMiddleware
-from llm_middleware.caching import flight as flight_module
 from llm_middleware.errors import FlightAbandonedError, SuspendedInSyncError
 from llm_middleware.wsgi import LLMCacheMiddleware as WSGIMiddleware
 from tests.support import CHAT, chat_stream, completion
@@ -1842,31 +1841,6 @@ def test_streams_and_plain_answers_do_not_join_each_other(world_of, pool, name: 
     assert world.ask() == plain.body
     source.go.open()
     assert stream.rest() == EVENTS[1:]
-    assert world.calls == 2
-
-
-def test_a_follower_that_is_between_joining_and_reading_when_the_last_reader_leaves(
-    world_of, pool, monkeypatch
-):
-    """It has found the flight in the table and is not yet counted; then the leader leaves."""
-    found, go = Gate(), Gate()
-    enter = flight_module.Flight.enter
-
-    def gated(flight) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            found.open()
-            go.wait()
-        enter(flight)
-
-    world = world_of("fetch", lambda number: SyncSource())
-    leader = world.open()
-    assert leader.next() == EVENTS[0]
-    monkeypatch.setattr(flight_module.Flight, "enter", gated)
-    follower = pool(lambda: world.open().rest())
-    found.wait()
-    leader.leave("close")
-    go.open()
-    assert outcome(follower) == EVENTS
     assert world.calls == 2
 
 
