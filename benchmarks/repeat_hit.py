@@ -48,7 +48,7 @@ def look_up(cache: CacheManager) -> Callable[[Bodies], None]:
 
     def run(bodies: Bodies) -> None:
         for raw in bodies:
-            found = now(plan("chat", raw, SCOPE, ""))
+            found = now(plan("chat", "", raw, SCOPE, ""))
             assert found is not None
             assert found.body is ANSWER
 

@@ -284,7 +284,7 @@ class Exchange:
     async def client_left(self) -> None:
         """Return when the client has disconnected."""
         while (await self.receive())["type"] != "http.disconnect":
-            pass
+            await asyncio.sleep(0)  # a server that has more to say than the body must not hold the loop
 
     def _revalidate(self, plan: Plan) -> None:
         """Refresh a stale entry behind the answer just given; one refresh at a time for each key."""

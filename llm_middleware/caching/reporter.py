@@ -41,8 +41,12 @@ class Reporter:
 
     def tell(self, plan: Plan, info: CacheInfo) -> None:
         """One event about an answer given."""
-        hit = info.status in ("hit", "stale")
+        hit = info.status == "hit" or info.status == "stale"
         name = "hit" if hit else info.status
+        if not self.hooks:  # the hit path: nobody would see the event
+            with self._lock:
+                self.counts[name] += 1
+            return
         self.emit(
             Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)
         )
