@@ -164,8 +164,8 @@ class Seen:
 
 @dataclass
 class Host:
-    """A host app without a framework: ``handler(seen)`` returns a JSON value, or (status, headers, body) where
-    body is bytes or an iterable of chunks. ``seen`` lists the requests that reached it."""
+    """A host app without a framework: ``handler(seen)`` returns a JSON value, or (status, headers, body)
+    where body is bytes or an iterable of chunks. ``seen`` lists the requests that reached it."""
 
     handler: Callable[[Seen], object]
     seen: list[Seen] = field(default_factory=list)

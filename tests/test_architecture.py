@@ -29,12 +29,14 @@ LAYERS = [
 OUTSIDE = {"testing", "_fake_server", "_fake_payloads", "_fake_items", "_store_contract", "__init__"}
 THIRD_PARTY = {
     "boto3",
+    "botocore",
     "cachetools",
     "diskcache",
     "django",
     "flask",
     "httpx",
     "numpy",
+    "obstore",
     "pydantic",
     "redis",
     "starlette",

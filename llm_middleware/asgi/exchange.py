@@ -283,7 +283,10 @@ class Exchange:
 
     async def client_left(self) -> None:
         """Return when the client has disconnected."""
-        while (await self.receive())["type"] != "http.disconnect":
+        while True:
+            message = await self.receive()
+            if message["type"] == "http.disconnect":
+                return
             await asyncio.sleep(0)  # a server that has more to say than the body must not hold the loop
 
     def _revalidate(self, plan: Plan) -> None:

@@ -532,6 +532,7 @@ if sys.version_info >= (3, 14):  # with zstd in the standard library
 
     def test_the_two_zstd_packages_read_each_other() -> None:
         one, other = at_rest._stdlib_zstd(), at_rest._zstandard()
-        assert one is not None and other is not None
+        assert one is not None
+        assert other is not None
         assert other.unpack(one.pack(BIG), len(BIG)) == BIG
         assert one.unpack(other.pack(BIG), len(BIG)) == BIG
