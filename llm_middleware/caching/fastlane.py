@@ -31,6 +31,8 @@ def select(
 
     RFC 9111, section 4.2.4, for when a stale answer may be given.
     """
+    if entry.kind != plan.kind:
+        return None
     ttl = entry.expires - now
     age = now - entry.created
     stale = None

@@ -69,7 +69,7 @@ class Lookup:
         return None if entry is None else select(entry, plan, self.clock(), "memory", header)
 
     def _item(self, entry: Entry | None, plan: Plan, tier: str, header: Header) -> Found | None:
-        if entry is None or entry.kind != plan.kind:
+        if entry is None:
             return None
         found = select(entry, plan, self.clock(), tier, header)
         return found if found is not None and found.stale is None else None
