@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..errors import ConfigError
 from ..stores.memory import MemoryStore
@@ -15,9 +15,10 @@ from .reporter import Reporter
 from .settings import CacheSettings
 from .tiers import Tiers
 
-__all__ = ["check_arguments", "make_tiers"]
+__all__ = ["NETWORK", "check_arguments", "make_tiers"]
 
-_TYPES = ("local", "disk", "custom")
+_TYPES = ("local", "disk", "redis", "s3", "custom")
+NETWORK = ("redis", "s3")
 
 
 def check_arguments(
@@ -36,8 +37,17 @@ def check_arguments(
         raise ConfigError(f"store: expected a Store or an AsyncStore, got {store!r}", param="store")
 
 
-def make_tiers(settings: CacheSettings, store: object | None, clock: Clock, reporter: Reporter) -> Tiers:
-    """The tiers for ``settings.type``; ``store``: the host's own, for ``custom``."""
+def make_tiers(
+    settings: CacheSettings,
+    store: object | None,
+    clock: Clock,
+    reporter: Reporter,
+    connection: Mapping[str, object],
+) -> Tiers:
+    """The tiers for ``settings.type``.
+
+    ``store``: the host's own, for ``custom``. ``connection``: the settings of a store on the network.
+    """
     kind = settings.type
     if kind not in _TYPES:
         near = difflib.get_close_matches(kind, _TYPES, 1)
@@ -46,7 +56,10 @@ def make_tiers(settings: CacheSettings, store: object | None, clock: Clock, repo
     if (store is not None) != (kind == "custom"):
         raise ConfigError("store: goes with type='custom' (or no type) only", param="store")
     memory: MemoryStore[Entry] | None = None
-    if kind == "local":
+    network = kind in NETWORK
+    if network:
+        store = _network_store(settings, clock, connection)
+    if kind == "local" or (network and settings.memory_tier):
         memory = MemoryStore(max_bytes=settings.max_bytes, size_of=entry_size, clock=clock)
     elif kind == "disk":
         from ..stores.disk import DiskStore
@@ -57,8 +70,26 @@ def make_tiers(settings: CacheSettings, store: object | None, clock: Clock, repo
         store,
         clock=clock,
         reporter=reporter,
-        at_rest=AtRest(compress=None),
+        at_rest=AtRest(
+            compress=settings.compress,
+            compress_above=settings.compress_above,
+            encryption_key=settings.encryption_key,  # type: ignore[arg-type]  # checked there
+        )
+        if network
+        else AtRest(compress=None),
         breaker=Breaker(),
         budget=settings.store_timeout,
         memory_ttl=settings.default_in_memory_ttl,
     )
+
+
+def _network_store(settings: CacheSettings, clock: Clock, connection: Mapping[str, object]) -> object:
+    if settings.type == "redis":
+        from ..stores.redis import RedisStore
+        from ..stores.redis_connect import RedisConnection
+
+        budget = settings.store_timeout
+        return RedisStore(RedisConnection.from_settings(connection, budget=budget), clock=clock)
+    from ..stores.s3 import S3Store
+
+    return S3Store.from_settings({"timeout": settings.store_timeout, **connection}, clock=clock)

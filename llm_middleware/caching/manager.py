@@ -17,7 +17,7 @@ from ..events import Hook
 from ..stores.functions import Functions, FunctionStore
 from ..types import Clock
 from .answer import Answer, CacheInfo
-from .backends import check_arguments, make_tiers
+from .backends import NETWORK, check_arguments, make_tiers
 from .controls import parse_body
 from .endpoints import kind_of
 from .fetch import Call, Fetch, answer_found
@@ -29,7 +29,7 @@ from .plan import Asked, Body, Plan
 from .planner import Planner
 from .reporter import Reporter
 from .results import recorded
-from .settings import make_settings
+from .settings import make_settings, own_settings
 from .sse import event_ends
 
 __all__ = ["CacheManager"]
@@ -53,9 +53,10 @@ class CacheManager:
     """Keeps answers of LLM endpoints and gives them back.
 
     ``type``: ``"local"`` (this process's memory, the default), ``"disk"`` (``disk_cache_dir``, shared by the
-    processes of this machine) or ``"custom"`` with ``store=`` (a `Store` of your own). All other settings are
-    those of `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an
-    `Event` for everything that happens; ``clock`` gives seconds since the epoch.
+    processes of this machine), ``"redis"`` or ``"s3"`` (with the settings of their connections; memory in
+    front) or ``"custom"`` with ``store=`` (a `Store` of your own). All other settings are those of
+    `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an `Event` for
+    everything that happens; ``clock`` gives seconds since the epoch.
 
     One manager serves threads and event loops at once. Making one opens nothing.
     """
@@ -76,12 +77,13 @@ class CacheManager:
             type = "custom" if type == "local" else type  # noqa: A001
         own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
         self._clock = clock
-        self.settings = make_settings({**settings, "type": type}, known=own)
+        ours, connection = own_settings(settings) if type in NETWORK else (settings, {})
+        self.settings = make_settings({**ours, "type": type}, known=own)
         self._functions = Functions(get_cache, add_cache)
         if store is None and self._functions.given:
             store = FunctionStore(self._functions)
         reporter = Reporter(hooks)
-        tiers = make_tiers(self.settings, store, clock, reporter)
+        tiers = make_tiers(self.settings, store, clock, reporter, connection)
         self._flow = Flow(self.settings, tiers, clock=clock, reporter=reporter)
         self.planner = Planner(self.settings, reporter)
         self._lock = threading.Lock()

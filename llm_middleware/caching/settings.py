@@ -14,7 +14,7 @@ from .admission import REASONS
 from .controls import parse_body
 from .endpoints import kind_of
 
-__all__ = ["CacheSettings", "make_settings"]
+__all__ = ["CacheSettings", "make_settings", "own_settings"]
 
 _MIB = 1 << 20
 
@@ -25,8 +25,11 @@ class CacheSettings:
 
     ``kinds``: the endpoint kinds that are cached (None: all). ``controls``: the settings' own controls in the
     form that requests' controls have. ``policy``: reason code to whether such answers are stored.
-    ``default_in_memory_ttl``: the longest that memory keeps what a shared store behind it has.
-    ``store_timeout``: what one operation on a store outside the process may take.
+    ``memory_tier``: this process's memory in front of a store on the network; ``default_in_memory_ttl``: the
+    longest that it keeps what that store has. ``default_in_redis_ttl`` (``default_redis_ttl``): ``ttl`` for
+    ``type="redis"``. ``store_timeout``: what one operation on a store outside the process may take.
+    ``compress`` (``zlib``, ``zstd`` or None), ``compress_above`` and ``encryption_key``: how entries lie in a
+    store on the network; see `AtRest`.
     """
 
     type: str = "local"
@@ -50,8 +53,14 @@ class CacheSettings:
     max_entry_bytes: int = 8 * _MIB
     max_body_bytes: int = 10 * _MIB
     disk_cache_dir: str = ".llm_cache"
+    memory_tier: bool = True
     default_in_memory_ttl: float = 60.0
+    default_in_redis_ttl: float | None = None
+    default_redis_ttl: float | None = None
     store_timeout: float = 0.25
+    compress: str | None = "zlib"
+    compress_above: int = 4096
+    encryption_key: object = None
     kinds: frozenset[str] | None = field(default=None, init=False)
     controls: Mapping[str, object] = field(default_factory=dict, init=False)
     policy: Mapping[str, bool] = field(default_factory=dict, init=False)
@@ -66,8 +75,9 @@ class CacheSettings:
             object.__setattr__(
                 self, "kinds", frozenset(kind_of(name, param="supported_call_types") for name in kinds)
             )
+        in_redis = self.default_redis_ttl if self.default_in_redis_ttl is None else self.default_in_redis_ttl
         controls = {
-            "ttl": self.ttl,
+            "ttl": in_redis if self.type == "redis" and in_redis is not None else self.ttl,
             "stale_while_revalidate": self.stale_while_revalidate,
             "stale_if_error": self.stale_if_error,
         }
@@ -193,11 +203,21 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "max_entry_bytes": _bytes,
     "max_body_bytes": _bytes,
     "disk_cache_dir": _path,
+    "memory_tier": _boolean,
     "default_in_memory_ttl": _seconds,
+    "default_in_redis_ttl": _ttl,
+    "default_redis_ttl": _ttl,
+    "compress_above": _bytes,
     "store_timeout": _seconds,
 }
 
 _NAMES = tuple(setting.name for setting in fields(CacheSettings) if setting.init)
+
+
+def own_settings(settings: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    """``settings`` parted into those of `CacheSettings` and the rest, which a store on the network reads."""
+    own = {name: value for name, value in settings.items() if name in _NAMES}
+    return own, {name: value for name, value in settings.items() if name not in own}
 
 
 def make_settings(
