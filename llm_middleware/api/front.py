@@ -89,8 +89,9 @@ def credentials_scope(credentials: Sequence[tuple[bytes, bytes]]) -> str:
     """The scope of whoever sent these credential headers; without any, of all who sent none."""
     if not credentials:
         return ANONYMOUS
-    pairs = sorted(credentials)
-    data = b"".join(b"%d:%b%d:%b" % (len(name), name, len(value), value) for name, value in pairs)
+    data = b""
+    for name, value in sorted(credentials):
+        data += b"%d:%b%d:%b" % (len(name), name, len(value), value)
     return "caller:" + hashlib.sha256(data).hexdigest()
 
 

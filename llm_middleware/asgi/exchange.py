@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from dataclasses import replace
 
 from .._ports.async_ import AsyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight
-from ..caching.headers import IDENTITY, add_info, kept, stream_headers
+from ..caching.headers import IDENTITY, READ, add_info, found_headers, kept, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
@@ -52,6 +52,7 @@ class Exchange:
         self.receive = receive
         self.send = send
         self.body = b""
+        self.limit = front.max_body_bytes
 
     def header(self, name: str) -> str:
         wanted = name.encode("latin-1")
@@ -59,10 +60,13 @@ class Exchange:
             [value.decode("latin-1") for found, value in self.scope["headers"] if found == wanted]
         )
 
-    async def run(self) -> None:
+    def _headers(self) -> tuple[list[tuple[bytes, bytes]], bytes, bytes, bytes] | None:
+        """Credentials, ``Cache-Control``, content type and encoding; None where the body is too long."""
         credentials: list[tuple[bytes, bytes]] = []
         cache_control = content_type = content_encoding = b""
         for name, value in self.scope["headers"]:
+            if name not in READ:
+                continue
             if name in IDENTITY:
                 credentials.append((name, value))
             elif name == b"cache-control":
@@ -71,48 +75,55 @@ class Exchange:
                 content_type = value
             elif name == b"content-encoding":
                 content_encoding = value.strip().lower()
-            elif name == b"content-length" and value.isdigit() and int(value) > self.front.max_body_bytes:
-                await self._pass_on([], "body-too-large")
+            elif name == b"content-length" and value.isdigit() and int(value) > self.limit:
+                return None
+        return credentials, cache_control, content_type, content_encoding
+
+    async def run(self) -> None:
+        headers = self._headers()
+        if headers is None:
+            await self._pass_on([], "body-too-large")
+            return
+        credentials, cache_control, content_type, content_encoding = headers
+        message = await self.receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body = message.get("body", b"")
+            if len(self.body) > self.limit:
+                await self._pass_on([message], "body-too-large")
                 return
-        if not await self._read():
+        elif not await self._read(message):
             return
         try:
-            scope = await self._caller(credentials)
+            scope: str | None
+            if self.front.identify is None:
+                scope = "" if self.cache.settings.share == "all" else credentials_scope(credentials)
+            else:
+                scope = await self._caller(self.front.identify)
             if scope is None:
                 plan = self.cache.plan(self.kind, self.body)
                 await self._pass_on([self._request(plan.forward)], "identify-failed", plan)
                 return
-            plan = await self.cache.planner.planned(
-                _port,
-                Asked(
-                    self.kind,
-                    self.body,
-                    scope,
-                    self.route,
-                    cache_control.decode("latin-1"),
-                    content_type.decode("latin-1"),
-                    content_encoding.decode("latin-1"),
-                ),
-            )
+            control, planner = cache_control.decode("latin-1"), self.cache.planner
+            if planner.key is None and not content_encoding and self.kind != "transcription":
+                plan = planner.quick(self.kind, self.route, self.body, scope, control)
+            else:
+                encoding = content_encoding.decode("latin-1")
+                kind_of_body = content_type.decode("latin-1")
+                asked = Asked(self.kind, self.body, scope, self.route, control, kind_of_body, encoding)
+                plan = await planner.planned(_port, asked)
         except InvalidRequestError as exc:
             await self._refuse(exc)
             return
         await self._answer(plan)
 
-    async def _read(self) -> bool:
-        """The body, unless the client left or sends more than is read: then the app has been called."""
-        message = await self.receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            self.body = message.get("body", b"")
-            if len(self.body) <= self.front.max_body_bytes:
-                return True
-            await self._pass_on([message], "body-too-large")
-            return False
+    async def _read(self, message: Message) -> bool:
+        """The rest of a body in pieces, unless the client left or sends more than is read: then the app has
+        been called."""
         messages, parts, size = [message], [], 0
         while message["type"] == "http.request":
             parts.append(message.get("body", b""))
             size += len(parts[-1])
-            if size > self.front.max_body_bytes:
+            if size > self.limit:
                 await self._pass_on(messages, "body-too-large")
                 return False
             if not message.get("more_body", False):
@@ -123,13 +134,10 @@ class Exchange:
         await self._pass_on(messages, "client-disconnected")
         return False
 
-    async def _caller(self, credentials: list[tuple[bytes, bytes]]) -> str | None:
+    async def _caller(self, identify: Callable[..., object]) -> str | None:
         """The scope of the answer; None where the host's ``identify`` failed: then nothing is shared."""
         if self.cache.settings.share == "all":
             return ""
-        identify = self.front.identify
-        if identify is None:
-            return credentials_scope(credentials)
         try:
             identity = identify(self.scope)
             return identified_scope(await identity if isinstance(identity, Awaitable) else identity)
@@ -209,16 +217,8 @@ class Exchange:
         return await self._follow(plan, opened.flight)
 
     async def send_found(self, plan: Plan, found: Found) -> None:
-        info = CacheInfo(
-            "stale" if found.stale else "hit",
-            plan.key[-64:],
-            found.stale,
-            age=found.age,
-            ttl=found.ttl,
-            tier=found.tier,
-        )
-        self.flow.tell(plan, info)
-        headers = add_info(found.headers, info, self.front.profile)
+        self.flow.tell_found(plan, found)
+        headers = found_headers(found, plan.key, self.front.profile)
         if found.chunks is None:
             headers.append((b"content-length", b"%d" % len(found.body)))
             await self.send({"type": "http.response.start", "status": found.status, "headers": headers})

@@ -15,7 +15,10 @@ from typing import Any
 
 from ..caching.flight import Flight
 
-__all__ = ["send_or_hand_over"]
+__all__ = ["Sending", "send_or_hand_over"]
+
+
+_UNBEGUN = object()
 
 
 class _Rest:
@@ -43,17 +46,18 @@ def _thrown(step: Generator[Any, Any, None], exc: BaseException) -> Generator[An
     yield from step
 
 
-class _Step:
+class Sending:
     """Runs a send until it is done or a reader joins while it is stuck; then returns its `_Rest`."""
 
-    def __init__(self, sending: Awaitable[None], flight: Flight) -> None:
-        self._step: Generator[Any, Any, None] = sending.__await__()
+    def __init__(self, step: Generator[Any, Any, None], flight: Flight, pending: object = _UNBEGUN) -> None:
+        self._step = step
+        self._pending = pending
         self._flight = flight
 
     def __await__(self) -> Generator[Any, Any, _Rest | None]:
         step = self._step
         # What __await__ returns need only be an iterator; servers in other languages give no more.
-        resume = partial(next, step)
+        resume = partial(next, step) if self._pending is _UNBEGUN else lambda: self._pending
         while True:
             try:
                 pending = resume()
@@ -104,4 +108,4 @@ async def send_or_hand_over(sending: Awaitable[None], flight: Flight) -> Awaitab
     if not flight.joinable:
         await sending
         return None
-    return await _Step(sending, flight)
+    return await Sending(sending.__await__(), flight)

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Generator
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from ..caching import headers as http
 from ..caching.answer import CacheInfo
@@ -26,7 +27,7 @@ from ..caching.lookup import Opened
 from ..caching.plan import Plan
 from ..types import Headers
 from .exchange import Exchange, _port
-from .handover import send_or_hand_over
+from .handover import Sending, send_or_hand_over
 from .types import Message
 
 __all__ = ["Leader"]
@@ -35,6 +36,17 @@ logger = logging.getLogger("llm_middleware")
 
 # Seconds that a handler has to end by itself once it is told that its client has left.
 _GRACE = 1.0
+
+
+class _Done:
+    """An awaitable that has nothing to wait for."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        return _NOTHING
+
+
+_NOTHING: Generator[Any, Any, None] = iter(())  # type: ignore[assignment]  # exhausted, and so for all
+_DONE = _Done()
 
 
 class Leader:
@@ -165,7 +177,44 @@ class Leader:
         await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
-    async def _send(self, message: Message) -> None:
+    def _send(self, message: Message) -> Awaitable[None]:
+        """What the handler sends. For the next event of a stream, of which there are hundreds, no coroutine
+        is made: the server's own is stepped here and now, and as a rule has nothing to wait for."""
+        if (
+            not self.streaming
+            or self.client_gone
+            or self.replaced
+            or self.writer is not None
+            or message["type"] != "http.response.body"
+            or not message.get("more_body", False)
+            or not self.flight.joinable
+        ):
+            return self._take(message)
+        body = message.get("body", b"")
+        if body:
+            self.flight.push(bytes(body))
+        try:
+            step: Generator[Any, Any, None] = self.exchange.send(message).__await__()
+            pending = next(step)
+        except StopIteration:
+            return _DONE
+        except OSError:
+            if not self._client_left():
+                raise
+            return _DONE
+        return self._finish(Sending(step, self.flight, pending))
+
+    async def _finish(self, sending: Sending) -> None:
+        try:
+            rest = await sending
+        except OSError:
+            if not self._client_left():
+                raise
+            return
+        if rest is not None:
+            self.writer = asyncio.create_task(self._write_on(rest, len(self.flight.chunks)))
+
+    async def _take(self, message: Message) -> None:
         kind = message["type"]
         if self.hung_up is not None:
             raise self.hung_up  # as servers do (ASGI 2.4)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from .sse import DONE, Event, load_json, parse_events
+from .sse import DONE, Event, load_json, parse_events, thinned
 
 __all__ = ["REASONS", "body_reasons", "stream_reasons", "verdict"]
 
@@ -67,7 +67,7 @@ def body_reasons(kind: str, body: bytes, content_type: bytes) -> set[str]:
 
 def stream_reasons(kind: str, stream: bytes) -> set[str]:
     """The codes of a recorded event stream, judged event by event."""
-    events = parse_events(stream)
+    events = parse_events(thinned(stream))
     if kind == "json":
         found = {"error-event"} if any(event.event == "error" for event in events) else set()
         return found if stream else {"empty"}

@@ -34,6 +34,7 @@ class Flow:
         self.flights = FlightTable()
         self.now = self.lookup.now
         self.tell = self.reporter.tell
+        self.tell_found = self.reporter.tell_found
 
     def update(self, settings: CacheSettings) -> None:
         """Requests that begin from now on see these settings."""

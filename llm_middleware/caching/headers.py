@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from math import floor, inf
 
 from ..types import Headers
-from .answer import CacheInfo
+from .answer import CacheInfo, Found
 
 __all__ = [
     "EVENT_STREAM",
@@ -21,6 +22,7 @@ __all__ = [
     "as_text",
     "content_encoding",
     "content_type",
+    "found_headers",
     "get_header",
     "info_headers",
     "kept",
@@ -33,11 +35,15 @@ Pairs = list[tuple[bytes, bytes]]
 IDENTITY = frozenset({b"api-key", b"authorization", b"cookie", b"x-api-key", b"x-goog-api-key"})
 """Request headers that say who is calling; two of them are those of Azure's and Google's clients."""
 
+READ = IDENTITY | {b"cache-control", b"content-type", b"content-encoding", b"content-length"}
+"""Request headers that are looked at before the plan."""
+
 PROFILES = ("standard", "litellm")
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
 
+_HIT, _STALE = (b"x-llm-cache", b"hit"), (b"x-llm-cache", b"stale")
 _PRIVATE = (b"cache-control", b"private, no-store")
 
 # Not kept with an answer: about the connection, about one response, or about one caller.
@@ -120,6 +126,29 @@ def add_info(headers: Iterable[tuple[bytes, bytes]], info: CacheInfo, profile: s
     if not any(name == b"cache-control" for name, _ in pairs):
         pairs.append(_PRIVATE)
     return pairs + info_headers(info, profile)
+
+
+def found_headers(found: Found, key: str, profile: str = "standard") -> Pairs:
+    """What `add_info` gives for a stored answer, in one go: every hit comes through here."""
+    status = b"llm-middleware; hit; ttl=%d" % floor(found.ttl) if found.ttl < inf else b"llm-middleware; hit"
+    if found.stale:
+        status += b"; detail=" + found.stale.encode()
+    digest = key[-64:].encode()
+    pairs = [
+        *found.headers,
+        (b"cache-status", status),
+        _STALE if found.stale else _HIT,
+        (b"x-llm-cache-key", digest),
+        (b"age", b"%d" % found.age if found.age > 0 else b"0"),
+        (b"x-llm-cache-tier", found.tier.encode()),
+    ]
+    if profile == "litellm":
+        pairs.append((b"x-litellm-cache-key", digest))
+    for name, _ in found.headers:
+        if name == b"cache-control":
+            return pairs
+    pairs.append(_PRIVATE)
+    return pairs
 
 
 def as_text(headers: Iterable[tuple[bytes, bytes]]) -> list[tuple[str, str]]:

@@ -44,7 +44,9 @@ class Keeper:
         self.clock = clock
         self.reporter = reporter
 
-    def _reasons(self, plan: Plan, answer: Recorded, header: Header) -> set[str] | str:
+    def _reasons(
+        self, plan: Plan, answer: Recorded, header: Header, judged: set[str] | None
+    ) -> set[str] | str:
         """Why the answer should not be kept: reason codes to weigh, or one that no switch lifts."""
         if not plan.store:
             return "ttl-zero" if plan.controls.ttl == 0 else "no-store"
@@ -57,17 +59,24 @@ class Keeper:
         if headers.varies(answer.headers, header) is None:
             return "vary"
         kind = headers.content_type(answer.headers)
-        if kind == b"text/event-stream":
+        if judged is not None:
+            reasons = judged
+        elif kind == b"text/event-stream":
             reasons = admission.stream_reasons(plan.kind, answer.body)
         else:
             reasons = admission.body_reasons(plan.kind, answer.body, kind)
         return reasons | ({"sampled"} if plan.sampled else set())
 
     async def refusal(
-        self, port: Port, plan: Plan, answer: Recorded, header: Header = no_header
+        self,
+        port: Port,
+        plan: Plan,
+        answer: Recorded,
+        header: Header = no_header,
+        judged: set[str] | None = None,
     ) -> str | None:
         """The reason code why ``answer`` is not kept, or None."""
-        reasons = self._reasons(plan, answer, header)
+        reasons = self._reasons(plan, answer, header, judged)
         if isinstance(reasons, str):
             return reasons
         verdict = admission.verdict(reasons, self.settings.policy)
@@ -141,10 +150,12 @@ class Keeper:
         *,
         beside: Entry | None = None,
         header: Header = no_header,
+        reasons: set[str] | None = None,
     ) -> CacheInfo:
-        """Admit and store a finished answer; what to tell the caller of it."""
+        """Admit and store a finished answer; what to tell the caller of it. ``reasons``: what its body was
+        judged to be, where that was done before."""
         info = CacheInfo("miss", plan.digest, forward="miss" if plan.lookup else "request")
-        info.detail = await self.refusal(port, plan, answer, header)
+        info.detail = await self.refusal(port, plan, answer, header, reasons)
         if info.detail is None:
             info.stored = await self.keep(port, plan, answer, beside=beside, header=header)
             if not info.stored:

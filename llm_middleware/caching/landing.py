@@ -58,8 +58,9 @@ class Landing:
         if head is None or head.status != 200 or content_type(head.headers) != b"text/event-stream":
             return
         body = b"".join([*self._flight.chunks, chunk])
-        if "unterminated" not in admission.stream_reasons(self._plan.kind, body):
-            await self._settle(port, body, event_ends(body))
+        reasons = admission.stream_reasons(self._plan.kind, body)
+        if "unterminated" not in reasons:
+            await self._settle(port, body, event_ends(body), reasons)
             if self._info is not None and self._info.stored:
                 self._flights.land(self._flight)
 
@@ -88,11 +89,13 @@ class Landing:
             ends.append(total)
         return body, ends
 
-    async def _settle(self, port: Port, body: bytes, ends: Sequence[int]) -> None:
+    async def _settle(
+        self, port: Port, body: bytes, ends: Sequence[int], reasons: set[str] | None = None
+    ) -> None:
         head = self._flight.head
         assert head is not None
         record = Recorded(head.status, head.headers, body, ends)
         self._size = len(body)
         self._info = await self._keeper.settle(
-            port, self._plan, record, beside=self._beside, header=self._header
+            port, self._plan, record, beside=self._beside, header=self._header, reasons=reasons
         )

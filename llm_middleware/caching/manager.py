@@ -55,8 +55,8 @@ class CacheManager:
     ``type``: ``"local"`` (this process's memory, the default), ``"disk"`` (``disk_cache_dir``, shared by the
     processes of this machine), ``"redis"`` or ``"s3"`` (with the settings of their connections; memory in
     front) or ``"custom"`` with ``store=`` (a `Store` of your own). All other settings are those of
-    `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an `Event` for
-    everything that happens; ``clock`` gives seconds since the epoch.
+    `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an `Event`
+    for everything that happens; ``clock`` gives seconds since the epoch.
 
     One manager serves threads and event loops at once. Making one opens nothing.
     """

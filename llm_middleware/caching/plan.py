@@ -21,7 +21,7 @@ __all__ = ["Asked", "Body", "Plan", "Request", "make_plan", "read_request"]
 Body = bytes | Mapping[str, object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Asked:
     """A request as it came.
 
@@ -44,7 +44,7 @@ class Asked:
         return not self.content_encoding and self.kind != "transcription"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Request:
     """What is known of a request once its body is read.
 
@@ -67,7 +67,7 @@ class Request:
 _NO_CONTROLS = Controls()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
     """What the cache will do for one request.
 
@@ -117,7 +117,7 @@ def _sampled(fields: Mapping[str, object]) -> bool:
 
 def _wants_usage(fields: Mapping[str, object]) -> bool:
     options = fields.get("stream_options")
-    return isinstance(options, Mapping) and options.get("include_usage") is True
+    return isinstance(options, dict) and options.get("include_usage") is True
 
 
 def read_request(settings: CacheSettings, asked: Asked) -> Request:
@@ -135,7 +135,7 @@ def read_request(settings: CacheSettings, asked: Asked) -> Request:
         if kind == "transcription" and not asked.content_type.startswith("application/json"):
             return _read_fields(settings, kind, form_fields(text, asked.content_type), None)
         request = _read_fields(settings, kind, cache_key.parse(text), text)
-    except UnkeyableError:
+    except (UnkeyableError, RecursionError):
         return Request(kind, problem="unparsable-body")
     if request.forward is not None and text is not body:
         return _recompressed(request)
@@ -205,12 +205,15 @@ def make_plan(
     ``custom_key``: what the host's own key function returned; it takes the place of the canonical form,
     inside the same scope and namespace.
     """
-    controls = merge(
-        asked.enforced or {},
-        request.controls or {},
-        parse_header(asked.cache_control) if asked.cache_control else {},
-        settings.controls,
-    )
+    if asked.enforced or request.controls or asked.cache_control:
+        controls = merge(
+            asked.enforced or {},
+            request.controls or {},
+            parse_header(asked.cache_control) if asked.cache_control else {},
+            settings.controls,
+        )
+    else:
+        controls = settings.own_controls
     bypass = _bypass(settings, request.kind, controls) or request.problem
     if bypass is None and controls.no_cache and controls.no_store:
         bypass = "no-store"
@@ -220,9 +223,12 @@ def make_plan(
     if bypass is None:
         try:
             form = request.form if custom_key is None else {"$key": custom_key}
-            inputs, forms = _separate(request.kind, form)
             namespaces = (settings.namespace, controls.namespace or "", asked.route)
-            key, *items = _store_keys(settings, request.kind, asked.scope, namespaces, forms)
+            if request.kind == "embedding":
+                inputs, forms = _separate(request.kind, form)
+                key, *items = [_store_key(settings, asked, namespaces, each) for each in forms]
+            else:
+                key = _store_key(settings, asked, namespaces, form)
         except UnkeyableError:
             bypass = "unparsable-body"
     return Plan(
@@ -254,11 +260,7 @@ def _separate(kind: str, form: object) -> tuple[tuple[object, ...], list[object]
     return ((), singles) if len(inputs) == 1 else (tuple(inputs), [form, *singles])
 
 
-def _store_keys(
-    settings: CacheSettings, kind: str, scope: str, namespaces: tuple[str, ...], forms: list[object]
-) -> list[str]:
-    return [
-        f"{settings.namespace}:"
-        + cache_key.digest(kind, scope, namespaces, cache_key.canonical(form), settings.secret)
-        for form in forms
-    ]
+def _store_key(settings: CacheSettings, asked: Asked, namespaces: tuple[str, ...], form: object) -> str:
+    text = cache_key.canonical(form)
+    digest = cache_key.digest(asked.kind, asked.scope, namespaces, text, settings.secret)
+    return f"{settings.namespace}:{digest}"

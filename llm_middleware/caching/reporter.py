@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from ..events import Event, Hook
-from .answer import CacheInfo
+from .answer import CacheInfo, Found
 from .plan import Plan
 
 __all__ = ["Reporter"]
@@ -26,9 +26,20 @@ class Reporter:
         self._lock = threading.Lock()
         self._failing: set[str] = set()
 
-    def emit(self, event: Event) -> None:
+    def _count(self, name: str) -> None:
         with self._lock:
-            self.counts[event.name] += 1
+            self.counts[name] += 1
+
+    def tell_found(self, plan: Plan, found: Found) -> None:
+        """`tell`, for a stored answer: on the hit path no record is made that nobody looks at."""
+        if not self.hooks:
+            self._count("hit")
+            return
+        stale, tier, age = found.stale, found.tier, found.age
+        self.emit(Event("hit", plan.kind, plan.digest, True, plan.stream, plan.model, stale, tier, age))
+
+    def emit(self, event: Event) -> None:
+        self._count(event.name)
         for hook in self.hooks:
             try:
                 hook(event)
@@ -43,9 +54,8 @@ class Reporter:
         """One event about an answer given."""
         hit = info.status == "hit" or info.status == "stale"
         name = "hit" if hit else info.status
-        if not self.hooks:  # the hit path: nobody would see the event
-            with self._lock:
-                self.counts[name] += 1
+        if not self.hooks:
+            self._count(name)
             return
         self.emit(
             Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)

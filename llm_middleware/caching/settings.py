@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from ..errors import ConfigError, InvalidRequestError
 from .admission import REASONS
-from .controls import parse_body
+from .controls import Controls, merge, parse_body
 from .endpoints import kind_of
 
 __all__ = ["CacheSettings", "make_settings", "own_settings"]
@@ -63,6 +63,7 @@ class CacheSettings:
     encryption_key: object = None
     kinds: frozenset[str] | None = field(default=None, init=False)
     controls: Mapping[str, object] = field(default_factory=dict, init=False)
+    own_controls: Controls = field(default_factory=Controls, init=False)
     policy: Mapping[str, bool] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -82,6 +83,7 @@ class CacheSettings:
             "stale_if_error": self.stale_if_error,
         }
         object.__setattr__(self, "controls", MappingProxyType(controls))
+        object.__setattr__(self, "own_controls", merge(controls))
         object.__setattr__(self, "policy", MappingProxyType({**REASONS, **self.admission}))
 
 

@@ -89,6 +89,56 @@ def parse_events(data: bytes) -> list[Event]:
     return events
 
 
+_HOLE = re.compile(rb'"(?:content|text|delta|obfuscation)": ?"(?=[^"])')
+_text = re.compile(rb'(?:[^"\\\x00-\x1f]++|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*+').match
+
+
+_UNLIKE_ALL = (b"\n\n",)  # what no event has in it
+
+
+def thinned(data: bytes) -> bytes:
+    """The stream without the events that differ from the one before in nothing but the characters of a text.
+
+    A stream is mostly such events, and about all of them the same can be said: that text came. An event with
+    pieces of arguments is never left out, for those count as a whole.
+    """
+    if b"\r" in data:
+        return data
+    kept: list[bytes] = []
+    rest: list[bytes]
+    head, *rest = _UNLIKE_ALL
+    for piece in data.split(b"\n\n"):
+        if piece.startswith(head):
+            at = len(head)
+            for part in rest:
+                at = _text(piece, at).end()  # type: ignore[union-attr]  # it matches nothing, too
+                if not piece.startswith(part, at):
+                    break
+                at += len(part)
+            else:
+                if at == len(piece):
+                    continue
+        kept.append(piece)
+        head, *rest = _around_text(piece) or _UNLIKE_ALL
+    return b"\n\n".join(kept)
+
+
+def _around_text(piece: bytes) -> list[bytes]:
+    """What stands around the texts of an event; nothing where it has none or more than texts may count."""
+    parts: list[bytes] = []
+    start = 0
+    for hole in _HOLE.finditer(piece):
+        match = _text(piece, hole.end())
+        if hole.start() < start or match is None:
+            return []
+        parts.append(piece[start : hole.end()])
+        start = match.end()
+    if parts:
+        parts.append(piece[start:])
+    rest = b"".join(parts)
+    return [] if b"\\" in rest or b"arguments" in rest or b"partial_json" in rest else parts
+
+
 def _lines(data: bytes) -> list[str]:
     # Not str.splitlines: U+2028 and its like are ordinary characters inside JSON text.
     text = data.decode("utf-8", "replace").removeprefix("\ufeff")

@@ -105,17 +105,17 @@ class TimedSocket:
     def settimeout(self, timeout: float | None) -> None:
         self._timeout = timeout
 
-    def recv(self, size: int) -> bytes:
+    def recv(self, size: int, flags: int = 0) -> bytes:
         self._limit()
-        return self._sock.recv(size)
+        return self._sock.recv(size, flags)
 
-    def recv_into(self, buffer: Any, size: int = 0) -> int:
+    def recv_into(self, buffer: Any, size: int = 0, flags: int = 0) -> int:
         self._limit()
-        return self._sock.recv_into(buffer, size)
+        return self._sock.recv_into(buffer, size, flags)
 
-    def sendall(self, data: Any) -> None:
+    def sendall(self, data: Any, flags: int = 0) -> None:
         self._limit()
-        self._sock.sendall(data)
+        self._sock.sendall(data, flags)
 
     def _limit(self) -> None:
         timeout = self._timeout if self._timeout == 0 else _allowed(self._timeout)

@@ -14,7 +14,7 @@ from .._ports.sync import SyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight, FlightReader
-from ..caching.headers import IDENTITY, Pairs, add_info, as_text, kept, stream_headers
+from ..caching.headers import IDENTITY, Pairs, add_info, as_text, found_headers, kept, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
@@ -125,20 +125,14 @@ class Exchange:
                 plan = self.cache.plan(self.kind, self.body)
                 self.give(self.body if plan.forward is None else plan.forward)
                 return self._pass_on("identify-failed")
-            plan = run_sync(
-                self.cache.planner.planned(
-                    _port,
-                    Asked(
-                        self.kind,
-                        self.body,
-                        scope,
-                        self.route,
-                        environ.get("HTTP_CACHE_CONTROL", ""),
-                        environ.get("CONTENT_TYPE", ""),
-                        environ.get("HTTP_CONTENT_ENCODING", "").strip().lower(),
-                    ),
-                )
-            )
+            control, planner = environ.get("HTTP_CACHE_CONTROL", ""), self.cache.planner
+            encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
+            if planner.key is None and not encoding and self.kind != "transcription":
+                plan = planner.quick(self.kind, self.route, self.body, scope, control)
+            else:
+                kind_of_body = environ.get("CONTENT_TYPE", "")
+                asked = Asked(self.kind, self.body, scope, self.route, control, kind_of_body, encoding)
+                plan = run_sync(planner.planned(_port, asked))
         except InvalidRequestError as exc:
             return self._refuse(exc)
         return self._answer(plan)
@@ -214,14 +208,15 @@ class Exchange:
     # --- with it
 
     def _answer(self, plan: Plan) -> Iterable[bytes]:
+        if plan.bypass is None:
+            found = self.flow.now(plan, self.header)
+            if found is not None and found.stale is None:
+                return self.found(plan, found)
         self.give(self.body if plan.forward is None else plan.forward)
         if plan.bypass is not None:
             if plan.controls.only_if_cached:
                 return self._refuse(CacheMissError(NOT_CACHED))
             return self._pass_on(plan.bypass, plan)
-        found = self.flow.now(plan, self.header)
-        if found is not None and found.stale is None:
-            return self.found(plan, found)
         try:
             return self._slow(plan)
         except CacheMissError as exc:
@@ -248,16 +243,8 @@ class Exchange:
         self.start_response(status, as_text(headers))
 
     def found(self, plan: Plan, found: Found, close: Callable[[], object] | None = None) -> Iterable[bytes]:
-        info = CacheInfo(
-            "stale" if found.stale else "hit",
-            plan.key[-64:],
-            found.stale,
-            age=found.age,
-            ttl=found.ttl,
-            tier=found.tier,
-        )
-        self.flow.tell(plan, info)
-        headers = add_info(found.headers, info, self.front.profile)
+        self.flow.tell_found(plan, found)
+        headers = found_headers(found, plan.key, self.front.profile)
         if found.chunks is not None:
             self.start(status_line(found.status), stream_headers(headers))
             return Body(iter(found.chunks), close)
