@@ -38,17 +38,6 @@ logger = logging.getLogger("llm_middleware")
 _GRACE = 1.0
 
 
-class _Done:
-    """An awaitable that has nothing to wait for."""
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        return _NOTHING
-
-
-_NOTHING: Generator[Any, Any, None] = iter(())  # type: ignore[assignment]  # exhausted, and so for all
-_DONE = _Done()
-
-
 class Leader:
     def __init__(self, exchange: Exchange, plan: Plan, flight: Flight, opened: Opened) -> None:
         self.exchange = exchange
@@ -177,9 +166,10 @@ class Leader:
         await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
-    def _send(self, message: Message) -> Awaitable[None]:
-        """What the handler sends. For the next event of a stream, of which there are hundreds, no coroutine
-        is made: the server's own is stepped here and now, and as a rule has nothing to wait for."""
+    async def _send(self, message: Message) -> None:
+        """What the handler sends. The next event of a stream, of which there are hundreds, takes the short
+        way: the server's own coroutine is stepped in place, and as a rule has nothing to wait for."""
+        body = message.get("body", b"")
         if (
             not self.streaming
             or self.client_gone
@@ -188,21 +178,22 @@ class Leader:
             or message["type"] != "http.response.body"
             or not message.get("more_body", False)
             or not self.flight.joinable
+            or self.landing.may_end(body)
         ):
-            return self._take(message)
-        body = message.get("body", b"")
+            await self._take(message)
+            return
         if body:
             self.flight.push(bytes(body))
         try:
             step: Generator[Any, Any, None] = self.exchange.send(message).__await__()
             pending = next(step)
         except StopIteration:
-            return _DONE
+            return
         except OSError:
             if not self._client_left():
                 raise
-            return _DONE
-        return self._finish(Sending(step, self.flight, pending))
+            return
+        await self._finish(Sending(step, self.flight, pending))
 
     async def _finish(self, sending: Sending) -> None:
         try:

@@ -48,9 +48,13 @@ class Landing:
         self._info: CacheInfo | None = None
         self._size = 0
 
+    def may_end(self, chunk: bytes) -> bool:
+        """Whether ``chunk`` looks as if it ended the stream."""
+        return self._terminal is not None and self._terminal in chunk and chunk.rstrip()[-1:] in b"]}"
+
     async def before(self, port: Port, chunk: bytes) -> None:
         """``chunk`` is about to be delivered."""
-        if self._terminal is not None and self._terminal in chunk and chunk.rstrip()[-1:] in b"]}":
+        if self.may_end(chunk):
             await self._early(port, chunk)
 
     async def _early(self, port: Port, chunk: bytes) -> None:
