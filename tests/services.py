@@ -265,7 +265,7 @@ def _sees_all(sentinel: RedisServer) -> bool:
 
 @dataclass
 class Certificates:
-    """Files of an authority and of a certificate that it made for this machine."""
+    """Files of an authority and of a certificate that it issued."""
 
     authority: str
     certificate: str

@@ -4,7 +4,8 @@ Each operation is written once, as a *plan*: a generator that yields steps and i
 is a function from a redis-py client to a reply; of the async client, to something to be awaited for it. The
 two faces differ in the loop that runs the steps, and in nothing else.
 
-A plan is one step, so one round trip (in a Cluster, one per node, side by side), except for `flush`.
+A plan is one step, so one round trip (in a Cluster, one per node, side by side), except for `flush`. A hit is
+the one operation that needs no plan, and does without.
 """
 
 from __future__ import annotations
@@ -50,10 +51,14 @@ class RedisStore:
 
     def get(self, key: str) -> bytes | None:
         """The bytes under ``key``, or None where there are none or their time is over. One GET."""
-        return self._run(_get(key))
+        with self.connection.use() as client:
+            value: bytes | None = client.execute_command("GET", key)
+        return value
 
     async def aget(self, key: str) -> bytes | None:
-        return await self._arun(_get(key))
+        async with self.connection.ause() as client:
+            value: bytes | None = await client.execute_command("GET", key)
+        return value
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """What `get` says of each of ``keys``. One MGET; in a Cluster one per slot, pipelined by node."""
@@ -134,11 +139,6 @@ class RedisStore:
                 return done.value  # type: ignore[no-any-return]
             async with self.connection.ause() as client:
                 reply = await step(client)
-
-
-def _get(key: str) -> Plan[bytes | None]:
-    value: bytes | None = yield lambda client: client.execute_command("GET", key)
-    return value
 
 
 def _mget(keys: Sequence[str], clustered: bool) -> Plan[list[bytes | None]]:

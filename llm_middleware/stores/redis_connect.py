@@ -17,7 +17,8 @@ import contextlib
 import functools
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
+from types import TracebackType
 from typing import Any, Final, NoReturn
 
 from ..errors import CorruptEntryError, LLMMiddlewareError, StoreError
@@ -101,20 +102,9 @@ class RedisConnection:
         """
         return _Use(self, self.budget if seconds is None else seconds)
 
-    @contextlib.asynccontextmanager
-    async def ause(self, seconds: float | None = None) -> AsyncIterator[Any]:
+    def ause(self, seconds: float | None = None) -> contextlib.AbstractAsyncContextManager[Any]:
         """`use`, for a coroutine: the event loop's client."""
-        seconds = self.budget if seconds is None else seconds
-        process = self.mine()
-        try:
-            ours = process.here()
-            async with asyncio.timeout(seconds):
-                if process.tokens is not None:
-                    await process.tokens.await_()
-                async with ours.turns:
-                    yield ours.client
-        except Exception as exc:
-            self.fail(exc, seconds)
+        return _AsyncUse(self, self.budget if seconds is None else seconds)
 
     def close(self) -> None:
         """Close this process's sync client. The next operation makes another."""
@@ -206,7 +196,7 @@ class _Use:
                 process.tokens.wait()
             process.turns.take()
             try:
-                return self._connection.sync_client()
+                return process.client if process.client is not None else self._connection.sync_client()
             except BaseException:
                 process.turns.give()
                 raise
@@ -219,6 +209,43 @@ class _Use:
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
         self._process.turns.give()
         end(self._outer)
+        if isinstance(exc, Exception):
+            self._connection.fail(exc, self._seconds)
+
+
+class _AsyncUse:
+    """One operation of a coroutine."""
+
+    __slots__ = ("_connection", "_ours", "_seconds", "_timeout")
+
+    def __init__(self, connection: RedisConnection, seconds: float) -> None:
+        self._connection = connection
+        self._seconds = seconds
+
+    async def __aenter__(self) -> Any:
+        try:
+            process = self._connection.mine()
+            self._ours = process.here()
+            self._timeout = await asyncio.timeout(self._seconds).__aenter__()
+            try:
+                if process.tokens is not None:
+                    await process.tokens.await_()
+                await self._ours.turns.acquire()
+            except BaseException as exc:
+                await self._timeout.__aexit__(type(exc), exc, exc.__traceback__)
+                raise
+        except Exception as exc:
+            self._connection.fail(exc, self._seconds)
+        return self._ours.client
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ours.turns.release()
+        try:
+            await self._timeout.__aexit__(kind, exc, trace)
+        except TimeoutError as over:
+            self._connection.fail(over, self._seconds)
         if isinstance(exc, Exception):
             self._connection.fail(exc, self._seconds)
 

@@ -95,12 +95,13 @@ def _allowed(timeout: float | None) -> float | None:
 class TimedSocket:
     """A socket, plain or TLS, whose reads and writes also end with the thread's deadline."""
 
-    __slots__ = ("_set", "_sock", "_timeout")
+    __slots__ = ("_set", "_sock", "_timeout", "fileno")
 
     def __init__(self, sock: socket.socket, timeout: float | None) -> None:
         self._sock = sock
         self._timeout = timeout  # what redis-py asked for
         self._set = sock.gettimeout()  # what the socket has
+        self.fileno = sock.fileno
 
     def settimeout(self, timeout: float | None) -> None:
         self._timeout = timeout
