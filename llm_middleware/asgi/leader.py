@@ -195,10 +195,12 @@ class Leader:
             return
         await self._finish(Sending(step, self.flight, pending))
 
-    async def _finish(self, sending: Sending) -> None:
+    async def _finish(self, sending: Awaitable[Awaitable[None] | None]) -> None:
+        """Wait for a send, or for what has to be sent by a task of its own from here on."""
         try:
             rest = await sending
         except OSError:
+            # How servers say that the client has left (ASGI 2.4).
             if not self._client_left():
                 raise
             return
@@ -335,19 +337,8 @@ class Leader:
         if self.writer is not None:
             await self._make_room()
             return
-        try:
-            sending = self.exchange.send(message)
-            if self.answered:
-                await sending
-                return
-            rest = await send_or_hand_over(sending, self.flight)
-        except OSError:
-            # How servers say that the client has left (ASGI 2.4).
-            if not self._client_left():
-                raise
-            return
-        if rest is not None:
-            self.writer = asyncio.create_task(self._write_on(rest, len(self.flight.chunks)))
+        sending = self.exchange.send(message)
+        await self._finish(sending if self.answered else send_or_hand_over(sending, self.flight))
 
     async def _write_on(self, rest: Awaitable[None], at: int) -> None:
         """Go on sending to a client that could not keep up, from chunk ``at`` of the record."""
