@@ -329,8 +329,8 @@ class CacheManager:
         return await self._flow.tiers.flush(port, self.settings.namespace)
 
     def ping(self) -> dict[str, object]:
-        """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``. Raises what
-        the store raises."""
+        """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``, and what
+        the store tells of its server and connection, without secrets. Raises what the store raises."""
         return run_sync(self._ping(_SYNC))
 
     async def aping(self) -> dict[str, object]:

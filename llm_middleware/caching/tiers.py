@@ -10,7 +10,7 @@ Memory holds `Entry` objects, the store behind it holds their bytes. Rules that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from .._ports.protocol import Port
 from ..errors import CorruptEntryError, StoreError
@@ -192,6 +192,13 @@ class Tiers:
         value = await port.store(self.store, "get", key)
         await port.store(self.store, "delete", [key])
         return value is not None and self._opened(key, value) == entry
+
+    async def facts(self, port: Port) -> dict[str, object]:
+        """What the store tells of its server and connection, without secrets."""
+        if not (hasattr(self.store, "ping") or hasattr(self.store, "aping")):
+            return {}
+        told = await port.store(self.store, "ping")
+        return dict(told) if isinstance(told, Mapping) else {}
 
     async def delete(self, port: Port, keys: Sequence[str]) -> int:
         near = 0 if self.memory is None else self.memory.delete(keys)

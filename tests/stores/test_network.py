@@ -63,10 +63,12 @@ def test_c60_flush_removes_this_namespace_and_nothing_else(manager, face, server
     assert server.ask("GET", "somebody else's") in (b"value", "value")
 
 
-def test_c33_c115_ping_and_delete(manager, face) -> None:
+def test_c33_c114_c115_ping_and_delete(manager, face) -> None:
     cache = manager(namespace=f"ping-{face.name}")
     answer = face.do(cache, "ping")
     assert (answer["status"], answer["tier"]) == ("healthy", "redis")
+    assert answer["server_version"].count(".") == 2
+    assert answer["connection"]["topology"] == "standalone"
     key = face.set(cache, BODY, completion())
     assert face.do(cache, "delete", key, "0" * 64) == 1
     assert face.do(cache, "delete", "0" * 64) == 0
