@@ -78,7 +78,8 @@ def make_tiers(
         if network
         else AtRest(compress=None),
         breaker=Breaker(),
-        budget=settings.store_timeout,
+        # The disk store waits for locks with a timeout of its own; a busy machine must not cost it entries.
+        budget=None if kind == "disk" else settings.store_timeout,
         memory_ttl=settings.default_in_memory_ttl,
     )
 

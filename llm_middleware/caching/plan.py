@@ -12,7 +12,6 @@ from .batch import inputs_of, single
 from .cache_key import UnkeyableError
 from .controls import Controls, merge, parse_body, parse_header
 from .endpoints import ENDPOINTS, Endpoint
-from .multipart import form_fields
 from .settings import CacheSettings
 from .splice import without_member
 
@@ -133,6 +132,8 @@ def read_request(settings: CacheSettings, asked: Asked) -> Request:
                 return Request(kind, problem="encoded-body")
             text = _decompressed(body, settings.max_body_bytes)
         if kind == "transcription" and not asked.content_type.startswith("application/json"):
+            from .multipart import form_fields  # on first use: it brings the email parser
+
             return _read_fields(settings, kind, form_fields(text, asked.content_type), None)
         request = _read_fields(settings, kind, cache_key.parse(text), text)
     except (UnkeyableError, RecursionError):

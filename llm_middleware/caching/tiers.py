@@ -37,7 +37,7 @@ class Tiers:
         reporter: Reporter,
         at_rest: AtRest,
         breaker: Breaker,
-        budget: float,
+        budget: float | None,
         memory_ttl: float,
     ) -> None:
         self.memory = memory
