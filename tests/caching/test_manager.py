@@ -551,7 +551,7 @@ def test_what_a_store_holds_that_is_not_ours_is_a_miss(ask, face):
     good = shelf.values[key]
     planted = pickle.dumps(completion())
     for number, bad in enumerate(
-        [b"", b"LLMC", planted, good[:-1], good + b"x", good[:9] + b"\xff" + good[10:]], 2
+        [b"", b"LLMC", planted, good[:-1], good + b"x", good[:9] + bytes([good[9] ^ 1]) + good[10:]], 2
     ):
         shelf.values[key] = bad
         assert ask(cache) == ("miss", f"answer {number}")
