@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import ConfigError, InvalidRequestError
+from ..errors import ConfigError
 from .admission import REASONS
-from .controls import Controls, merge, parse_body
+from .controls import Controls, merge
 from .endpoints import kind_of
 
 __all__ = ["CacheSettings", "make_settings", "own_settings"]
@@ -233,11 +233,3 @@ def make_settings(
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown cache setting {name!r}{hint}", param=name)
     return replace(base, **changes) if base is not None else CacheSettings(**changes)  # type: ignore[arg-type]
-
-
-def check_controls(value: object, *, param: str) -> dict[str, object]:
-    """Controls given as configuration; a wrong one is a `ConfigError`."""
-    try:
-        return parse_body(value, field=param)
-    except InvalidRequestError as exc:
-        raise ConfigError(exc.message, param=exc.param) from exc

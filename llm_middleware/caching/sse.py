@@ -10,12 +10,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
-from itertools import accumulate
 
 __all__ = [
     "DONE",
     "Event",
-    "Recorder",
     "dump_json",
     "event_ends",
     "format_event",
@@ -153,35 +151,6 @@ def format_event(payload: bytes | str, event: str | None = None) -> bytes:
     head = "" if event is None else f"event: {event}\n"
     data = "\n".join(f"data: {line}" for line in _LINE_END.split(text))
     return f"{head}{data}\n\n".encode()
-
-
-class Recorder:
-    """Keeps what passes by. Feeding costs one append and one addition; the rest is done afterwards."""
-
-    __slots__ = ("_chunks", "size")
-
-    def __init__(self) -> None:
-        self._chunks: list[bytes] = []
-        self.size = 0
-        """Bytes so far."""
-
-    def feed(self, chunk: bytes) -> None:
-        """Take down the next bytes."""
-        self._chunks.append(chunk)
-        self.size += len(chunk)
-
-    def body(self) -> bytes:
-        """All bytes so far."""
-        return b"".join(self._chunks)
-
-    def ends(self, sse: bool) -> list[int]:
-        """Where to cut a replay: after each event of an event stream, else where the chunks came cut.
-
-        Network chunks say nothing about events, so an event stream is cut the same way however it came.
-        """
-        if sse:
-            return event_ends(self.body())
-        return list(accumulate(len(chunk) for chunk in self._chunks if chunk))
 
 
 def _no_constant(name: str) -> object:

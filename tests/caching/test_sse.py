@@ -8,9 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from llm_middleware import CacheManager
+from llm_middleware.caching.admission import REASONS
+from llm_middleware.caching.entry import Form
 from llm_middleware.caching.sse import (
     Event,
-    Recorder,
     dump_json,
     event_ends,
     format_event,
@@ -121,25 +123,28 @@ def test_a_formatted_event_is_read_back(payload: str, event: str | None) -> None
     assert parse_events(format_event(payload, event)) == [Event(event, payload, None)]
 
 
+def recorded(kind: str, chunks: list[bytes]) -> Form:
+    """What a cache keeps of a stream that comes in these chunks, whatever is in them."""
+    cache = CacheManager(admission=dict.fromkeys(REASONS, True))
+    body = {"model": "m", "messages": [], "stream": True}
+    answer = cache.fetch(body, lambda _: iter(chunks), kind=kind)
+    assert list(answer) == chunks
+    form = cache._flow.tiers.memory.get(f"llm:{answer.cache.key}").stream
+    assert list(cache.get(body, kind=kind)) == form.chunks()
+    return form
+
+
 @given(awkward | st.binary(), st.lists(st.integers(0, 60)))
 def test_any_split_of_the_bytes_gives_the_same_record(data: bytes, cuts: list[int]) -> None:
     """C77: network chunks may split a character, a line end or an event."""
     places = [0, *sorted(cut for cut in cuts if cut <= len(data)), len(data)]
-    recorder = Recorder()
-    for start, end in pairwise(places):
-        recorder.feed(data[start:end])
-    assert recorder.size == len(data)
-    assert recorder.body() == data
-    assert recorder.ends(sse=True) == event_ends(data)
+    form = recorded("messages", [data[start:end] for start, end in pairwise(places)])
+    assert form.body == data
+    assert form.chunks() == pieces(data)
 
 
 def test_a_record_that_is_not_sse_keeps_its_chunks() -> None:
-    recorder = Recorder()
-    for chunk in (b"ab", b"", b"\n\n", b"cde"):
-        recorder.feed(chunk)
-    assert recorder.ends(sse=False) == [2, 4, 7]
-    assert recorder.ends(sse=True) == [4, 7]
-    assert Recorder().ends(sse=False) == Recorder().ends(sse=True) == []
+    assert recorded("json", [b"ab", b"\n\n", b"cde"]).chunks() == [b"ab", b"\n\n", b"cde"]
 
 
 @pytest.mark.parametrize(
