@@ -14,9 +14,12 @@ __all__ = ["Event", "Hook"]
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """``name``: ``hit``, ``miss``, ``collapsed``, ``bypass``, ``stored``, ``not-stored``, ``store-error`` or
-    ``hook-error``. ``cache_hit``: True where the answer came from the cache, False where it did not; None for
-    events that are not about an answer. ``detail``: the reason code. ``tier``: the store concerned.
+    """``name``: ``hit``, ``miss``, ``partial``, ``collapsed`` or ``bypass`` for an answer given; ``stored``
+    or ``not-stored``; ``store-error``; ``key-error``, where the host's own key function failed;
+    ``refresh-error``, where the call behind a stale answer failed.
+
+    ``cache_hit``: True where the answer came from the cache, False where it did not; None for events that
+    are not about an answer. ``detail``: the reason code. ``tier``: the store concerned.
     """
 
     name: str

@@ -42,6 +42,3 @@ class Memo(Generic[K, V]):
         if weight <= self._max_weight:
             self._young[key] = value
             self._weight += weight
-
-    def clear(self) -> None:
-        self._young, self._old, self._weight = {}, {}, 0

@@ -66,7 +66,6 @@ class MemoryStore(Generic[V]):
 
     tier = "memory"
     inline = True
-    objects = True
 
     def __init__(
         self,

