@@ -20,6 +20,7 @@ from typing import Any
 
 from ..caching import headers as http
 from ..caching.answer import CacheInfo
+from ..caching.fastlane import is_failure
 from ..caching.flight import ABANDONED, DONE, FAILED, OPEN, Flight, Head, lead
 from ..caching.keeper import Recorded
 from ..caching.landing import Landing
@@ -259,7 +260,7 @@ class Leader:
 
     async def _plain(self, body: bytes) -> None:
         self.answered = True
-        if self.fallback is not None and _failed(self.status):
+        if self.fallback is not None and is_failure(self.status):
             await self._fall_back()
             return
         info, record = await self.flow.keeper.complete(
@@ -297,7 +298,7 @@ class Leader:
     # --- streams
 
     async def _begin_stream(self, *, shared: bool = True) -> None:
-        if self.fallback is not None and _failed(self.status):
+        if self.fallback is not None and is_failure(self.status):
             await self._fall_back()
             return
         self.streaming = True
@@ -358,8 +359,3 @@ class Leader:
         # The record is the buffer between handler and client; past the size of an entry the handler waits.
         if self.writer is not None and self.flight.size > self.flow.settings.max_entry_bytes:
             await asyncio.wait({self.writer})
-
-
-def _failed(status: int) -> bool:
-    """Answers that a stale one may stand in for (RFC 5861, section 4), and 429: out of quota is down too."""
-    return status >= 500 or status == 429

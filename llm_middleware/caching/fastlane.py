@@ -16,7 +16,7 @@ from .headers import EVENT_STREAM, JSON, content_type
 from .plan import Plan
 from .sse import event_ends
 
-__all__ = ["no_header", "select", "usable_on_error"]
+__all__ = ["is_failure", "no_header", "select", "usable_on_error"]
 
 
 def no_header(name: str) -> str:
@@ -64,6 +64,11 @@ def _staleness(plan: Plan, late: float) -> str | None:
     if controls.stale_while_revalidate > 0 and late <= controls.stale_while_revalidate:
         return "stale-while-revalidate"
     return "max-stale" if controls.max_stale > 0 and late <= controls.max_stale else None
+
+
+def is_failure(status: int) -> bool:
+    """Answers that a stale one may stand in for (RFC 5861, section 4), and 429: out of quota is down too."""
+    return status >= 500 or status == 429
 
 
 def usable_on_error(

@@ -12,6 +12,7 @@ from ..types import Headers
 from .answer import Answer, CacheInfo, Found
 from .batch import reduced
 from .entry import Entry
+from .fastlane import is_failure
 from .flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead, lead_ends
 from .flow import Flow
 from .headers import EVENT_STREAM
@@ -114,7 +115,7 @@ class Fetch:
             if isinstance(result, (AsyncIterator, Iterator)):
                 return self._stream(flight, result)
             answer = recorded(result)
-            if fallback is not None and _failed(answer.status):
+            if fallback is not None and is_failure(answer.status):
                 raise _UpstreamFailedError(answer.status)
             info, answer = await self.flow.keeper.complete(self.port, self.plan, answer, opened)
         except Exception as exc:
@@ -240,7 +241,3 @@ class Fetch:
 
 class _UpstreamFailedError(Exception):
     """The call's answer is an error that a stale answer may stand in for."""
-
-
-def _failed(status: int) -> bool:
-    return status >= 500 or status == 429

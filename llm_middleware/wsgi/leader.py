@@ -16,6 +16,7 @@ from .._drive import iter_sync, run_sync
 from .._ports.sync import SyncPort
 from ..caching import headers as http
 from ..caching.answer import CacheInfo
+from ..caching.fastlane import is_failure
 from ..caching.flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead
 from ..caching.keeper import Recorded
 from ..caching.landing import Landing
@@ -102,7 +103,7 @@ class Leader:
         self.result = self.context.run(exchange.app, exchange.environ, self.started.start_response)
         self.chunks = self.context.run(iter, self.result)
         first = self._first()
-        if self.fallback is not None and self.started.status and _failed(self.started.code):
+        if self.fallback is not None and self.started.status and is_failure(self.started.code):
             self._close_result(quiet=True)
             return self._fall_back()
         return self._plain(self._whole(first)) if self._is_plain() else self._stream(first)
@@ -236,8 +237,3 @@ class Leader:
 
     def _next_in_context(self) -> bytes:
         return next((chunk for chunk in self.chunks if chunk), _END)
-
-
-def _failed(status: int) -> bool:
-    """Answers that a stale one may stand in for (RFC 5861, section 4), and 429: out of quota is down too."""
-    return status >= 500 or status == 429
