@@ -1,4 +1,4 @@
-"""Run every benchmark and print one table; ``--write`` puts it into docs/performance.md as well."""
+"""Run every benchmark and print the tables; ``--write`` puts them into docs/performance.md as well."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from .harness import Row, quick, set_quick, table
 
 _PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
-_BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
+_BEGIN, _END = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 # In the order of the table.
 PATHS = (
@@ -29,7 +29,18 @@ PATHS = (
     "large_prompt",
     "replay",
     "disk_hit",
+    "pick",
+    "transports",
 )
+
+# These start redis-server.
+REDIS_PATHS = ("redis_hit", "memory_tier", "cold_fleet")
+
+# This one starts moto.
+S3_PATHS = ("s3_store",)
+
+# By the name of their place in the page.
+_TABLES = {"table": PATHS, "Redis table": REDIS_PATHS, "S3 table": S3_PATHS}
 
 
 def _rows(names: list[str]) -> list[Row]:
@@ -49,39 +60,50 @@ def _store_row(row: tuple[str, float, float, float, float]) -> Row:
     return Row(f"memory store: {ours}", floor, goal, median, low, high)
 
 
-def _versions() -> str:
-    names = ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "flask")
+def _versions(*names: str) -> str:
     parts = [f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in names)]
     return f"{', '.join(parts)}; {platform.system()} {platform.machine()}"
 
 
-def _write(text: str) -> None:
+_USED = {
+    "table": ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "flask"),
+    "Redis table": ("redis", "hiredis", "uvicorn", "uvloop", "httptools", "gunicorn"),
+    "S3 table": ("boto3", "obstore", "moto"),
+}
+
+
+def _write(place: str, text: str) -> None:
     page = _PAGE.read_text()
-    head, begin, rest = page.partition(_BEGIN)
-    _, end, tail = rest.partition(_END)
+    head, begin, rest = page.partition(_BEGIN.format(place))
+    _, end, tail = rest.partition(_END.format(place))
     if not (begin and end):
-        raise SystemExit(f"{_PAGE.name} has no {_BEGIN} ... {_END}")
-    _PAGE.write_text(f"{head}{_BEGIN}\n{text}\n{_END}{tail}")
+        raise SystemExit(f"{_PAGE.name} has no {_BEGIN.format(place)} ... {_END.format(place)}")
+    _PAGE.write_text(f"{head}{begin}\n{text}\n{end}{tail}")
 
 
 def main() -> None:
+    every = [name for paths in _TABLES.values() for name in paths]
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rounds: does it run?")
-    parser.add_argument("--write", action="store_true", help="put the table into docs/performance.md")
-    parser.add_argument("only", nargs="*", metavar="PATH", help=f"of {', '.join(PATHS)}")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/performance.md")
+    parser.add_argument("only", nargs="*", metavar="PATH", help=f"of {', '.join(every)}")
     chosen = parser.parse_args()
-    unknown = set(chosen.only) - set(PATHS)
+    unknown = set(chosen.only) - set(every)
     if unknown:
         parser.error(f"no such path: {', '.join(sorted(unknown))}")
     set_quick(chosen.quick)
-    present = [name for name in PATHS if importlib.util.find_spec(f"benchmarks.{name}")]
-    rows = _rows([name for name in present if not chosen.only or name in chosen.only])
-    text = table(rows)
-    print(text)
-    if chosen.write:
-        command = " ".join(["python -m benchmarks", *sys.argv[1:]])
-        _write(f"`{command}` with {_versions()}.\n\n{text}")
-    missed = [row.path for row in rows if row.met is False]
+    missed = []
+    for place, paths in _TABLES.items():
+        present = [name for name in paths if importlib.util.find_spec(f"benchmarks.{name}")]
+        rows = _rows([name for name in present if not chosen.only or name in chosen.only])
+        if not rows:
+            continue
+        text = table(rows)
+        print(text, flush=True)
+        if chosen.write:
+            command = " ".join(["python -m benchmarks", *sys.argv[1:]])
+            _write(place, f"`{command}` with {_versions(*_USED[place])}.\n\n{text}")
+        missed += [row.path for row in rows if row.met is False]
     if missed:
         print(f"goals missed: {'; '.join(missed)}", file=sys.stderr)
 

@@ -24,6 +24,7 @@ _VALUE = os.urandom(4096)
 _CALLS, _QUICK_CALLS = 192, 64
 _BUCKET = "answers"
 _AT_ONCE = (1, 16, 64)
+_ROUNDS = 5  # of a quarter of a second for each candidate; the server takes as long again
 
 # Calls of one operation; its argument is the number of the object.
 Call = Callable[[int], object]
@@ -58,7 +59,8 @@ def _reads(client, boto3: S3Store, obstore: S3Store, runner: asyncio.Runner, at_
                 "aget": _gathered(runner, at_once, lambda number: obstore.aget(_key(number))),
                 "boto3": _threaded(pool, lambda number: boto3.get(_key(number))),
                 "aboto3": _gathered(runner, at_once, lambda number: boto3.aget(_key(number))),
-            }
+            },
+            rounds=_ROUNDS,
         )
     name, described = f"S3 hit, {at_once} at once", "boto3's `get_object` in threads"
     return [
@@ -79,7 +81,8 @@ def _writes(client, store: S3Store, runner: asyncio.Runner, at_once: int) -> lis
                 "floor": _threaded(pool, floor),
                 "set": _threaded(pool, lambda number: store.set(_key(number), _VALUE, 3600)),
                 "aset": _gathered(runner, at_once, lambda number: store.aset(_key(number), _VALUE, 3600)),
-            }
+            },
+            rounds=_ROUNDS,
         )
     name, described = f"S3 write, {at_once} at once", "boto3's `put_object` in threads"
     return [samples.row(f"{name}: `{face}`", face, "floor", described) for face in ("set", "aset")]

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from .errors import InvalidRequestError
 from .types import Clock, Store
 
 __all__ = ["ContractClock", "StoreContract"]
@@ -38,8 +39,28 @@ def _key(namespace: str, number: int) -> str:
     return f"{namespace}:{number:064x}"
 
 
+def _walk(store: Store, namespace: str, size: int) -> dict[str, bytes] | None:
+    """All heads of a namespace; None where the store has no `heads`, which it need not."""
+    heads = getattr(store, "heads", None)
+    if heads is None:
+        return None
+    found: dict[str, bytes] = {}
+    cursor: str | None = None
+    while True:
+        cursor, page = heads(namespace, cursor, size)
+        found.update(page)
+        if cursor is None:
+            return found
+        assert isinstance(cursor, str)
+
+
 class StoreContract:
     """Tests of the sync face of a store (`llm_middleware.types.Store`).
+
+    A store may also have ``heads(namespace, cursor, size)``: a page of some entries of exactly this namespace
+    as (key, first ``size`` bytes), after the cursor of the next page, which is None at the end. It begins
+    with the cursor None and raises `InvalidRequestError` for one that no page gave; by the end it has told
+    of every entry that was there all the time.
 
     `make_store` returns an empty store each time it is called, with room for a megabyte at least; it must
     take the time from ``clock``. It may return one that others use too if nothing of this class's is in it.
@@ -179,3 +200,50 @@ class StoreContract:
             assert store.get(_key("a", 1)) == b"kept"
             store.set(_key("a", 2), b"value", 60)
             assert store.get(_key("a", 2)) == b"value"
+
+    def test_heads_are_of_exactly_one_namespace(self) -> None:
+        values = [b"", b"\x00", b"12345678", b"123456789", b"x" * 200_000]
+        with self.open_store() as (store, _):
+            for namespace in ("a", "a:b", "ab", "", ":a", "a*", "a%", "A", "b"):
+                for number, value in enumerate(values):
+                    store.set(_key(namespace, number), namespace.encode() + value, 60)
+            expected = {_key("a", number): (b"a" + value)[:8] for number, value in enumerate(values)}
+            assert _walk(store, "a", 8) in (expected, None)
+            expected = {_key("a*", number): (b"a*" + value)[:8] for number, value in enumerate(values)}
+            assert _walk(store, "a*", 8) in (expected, None)
+            assert _walk(store, "nothing", 8) in ({}, None)
+
+    def test_heads_are_shorter_where_the_value_is(self) -> None:
+        values = [b"", b"\x00", b"12345678", b"123456789", b"x" * 200_000]
+        with self.open_store() as (store, _):
+            for number, value in enumerate(values):
+                store.set(_key("a", number), value, None)
+            for size in (0, 1, 8, 100_000, 1_000_000):
+                expected = {_key("a", number): value[:size] for number, value in enumerate(values)}
+                assert _walk(store, "a", size) in (expected, None)
+
+    def test_heads_are_of_what_is_there(self) -> None:
+        """Neither what is over nor what was removed; what was replaced is there once."""
+        with self.open_store() as (store, clock):
+            for number in range(5):
+                store.set(_key("a", number), b"old", 100 if number else 1)
+            store.set(_key("a", 1), b"new", 100)
+            store.set(_key("a", 2), b"short", 1)
+            store.delete([_key("a", 3)])
+            clock.advance(1)
+            assert _walk(store, "a", 8) in ({_key("a", 1): b"new", _key("a", 4): b"old"}, None)
+            store.flush("a")
+            assert _walk(store, "a", 8) in ({}, None)
+
+    def test_heads_refuse_a_cursor_that_is_none(self) -> None:
+        with self.open_store() as (store, _):
+            store.set(_key("a", 1), b"value", 60)
+            heads = getattr(store, "heads", None)
+            for cursor in ("", "x", "-1", " 1", "1.0", "\u0661", "\ud800", "a" * 5000, "9" * 40, 1):
+                refused = heads is None
+                try:
+                    if heads is not None:
+                        heads("a", cursor, 8)
+                except InvalidRequestError as exc:
+                    refused = exc.param == "cursor"
+                assert refused

@@ -9,6 +9,20 @@
       StoreError                      503   a store failed; never reaches a user's request
         CorruptEntryError             503   stored bytes that are not an entry of ours
       SuspendedInSyncError            500   an async callable was handed to a sync method
+      ProviderError                   502   a provider could not answer, in the words of its class:
+        BadRequestError               400   the request is wrong, and would be everywhere
+          ContextWindowExceededError  400   the prompt is longer than the model reads
+          ContentPolicyError          400   the provider's policy refuses the content
+          UnprocessableError          422   well-formed, and still not to be processed
+        AuthenticationError           401   the credentials are wrong
+        PermissionDeniedError         403   the credentials do not allow it
+        NotFoundError                 404   the provider does not have it
+          ModelNotFoundError          404   no deployment serves a model of this name
+        RateLimitError                429   too many requests, or too many tokens
+          NoCapacityError             429   every deployment is at its limit or cooling down
+        DeadlineError                 504   no answer before the deadline
+        UpstreamServerError           500   the provider failed; its own status from 500 to 599
+        UpstreamConnectionError       502   the provider could not be reached, or broke off
 
 Each class carries the HTTP ``status`` it is answered with and renders to the body that
 OpenAI's SDKs expect: ``{"error": {"message", "type", "param", "code"}}``
@@ -21,15 +35,29 @@ import json
 
 __all__ = [
     "NOT_CACHED",
+    "AuthenticationError",
+    "BadRequestError",
     "CacheMissError",
     "ConfigError",
+    "ContentPolicyError",
+    "ContextWindowExceededError",
     "CorruptEntryError",
+    "DeadlineError",
     "FlightAbandonedError",
     "InvalidRequestError",
     "LLMMiddlewareError",
+    "ModelNotFoundError",
+    "NoCapacityError",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "ProviderError",
+    "RateLimitError",
     "StoreError",
     "SuspendedInSyncError",
+    "UnprocessableError",
     "UpstreamAnswerError",
+    "UpstreamConnectionError",
+    "UpstreamServerError",
 ]
 
 
@@ -108,3 +136,125 @@ class SuspendedInSyncError(LLMMiddlewareError, RuntimeError):
     """A sync method met something that must be awaited; use the async twin (``afetch``, ``aget`` ...)."""
 
     code = "suspended_in_sync"
+
+
+class ProviderError(LLMMiddlewareError):
+    """What a provider said instead of an answer.
+
+    ``status``: the provider's own where it gave one. ``code``, ``type`` and ``param`` likewise.
+    ``retry_after``: seconds until it may be asked again, where that is known. ``message`` names no URL, key
+    or deployment.
+    """
+
+    status = 502
+    code = "provider_error"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        status: int | None = None,
+        type: str | None = None,  # noqa: A002 - the name in OpenAI's error body
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message, param=param, code=code)
+        if status is not None:
+            self.status = status
+        if type is not None:
+            self.type = type
+        self.retry_after = retry_after
+
+
+class BadRequestError(ProviderError):
+    """The request is wrong: no other deployment would answer it."""
+
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class ContextWindowExceededError(BadRequestError):
+    """The prompt, or the prompt and the answer asked for, is longer than the model's window."""
+
+    code = "context_length_exceeded"
+
+
+class ContentPolicyError(BadRequestError):
+    """The provider's policy refuses the prompt or the answer."""
+
+    code = "content_policy_violation"
+
+
+class UnprocessableError(BadRequestError):
+    """The request is well-formed and still not to be processed."""
+
+    status = 422
+    code = "unprocessable_entity"
+
+
+class AuthenticationError(ProviderError):
+    """The provider does not know the credentials."""
+
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(ProviderError):
+    """The credentials do not allow this."""
+
+    status = 403
+    type = "permission_error"
+    code = "permission_denied"
+
+
+class NotFoundError(ProviderError):
+    """The provider does not have what the request names."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class ModelNotFoundError(NotFoundError):
+    """No deployment serves a model of this name."""
+
+    code = "model_not_found"
+
+
+class RateLimitError(ProviderError):
+    """Too many requests or tokens; ``retry_after`` says for how long."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
+class NoCapacityError(RateLimitError):
+    """Every deployment is at its limit or cooling down; ``retry_after``: until the first is free again."""
+
+    code = "no_capacity"
+
+
+class DeadlineError(ProviderError):
+    """No answer before the deadline of the call."""
+
+    status = 504
+    type = "timeout_error"
+    code = "timeout"
+
+
+class UpstreamServerError(ProviderError):
+    """The provider failed."""
+
+    status = 500
+    code = "upstream_error"
+
+
+class UpstreamConnectionError(ProviderError):
+    """The provider could not be reached, or the connection broke off."""
+
+    status = 502
+    code = "connection_error"

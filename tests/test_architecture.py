@@ -20,9 +20,10 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"asgi", "wsgi"},
     {"api"},
+    {"routing"},
     {"caching"},
     {"_ports"},
-    {"stores"},
+    {"providers", "stores"},
     {"_drive", "events"},
     {"errors", "types"},
 ]
@@ -43,7 +44,7 @@ THIRD_PARTY = {
     "werkzeug",
     "yaml",
 }
-CORE = {"caching", "_drive", "api", "errors", "types", "events"}
+CORE = {"caching", "routing", "providers", "_drive", "api", "errors", "types", "events"}
 
 
 def room(module: Path) -> str:

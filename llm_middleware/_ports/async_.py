@@ -35,8 +35,11 @@ class _LoopWaiter:
         except RuntimeError:  # the loop is closed, and with it the task that waited
             pass
 
-    async def wait(self) -> None:
-        await self._future
+    async def wait(self, seconds: float | None = None) -> None:
+        if seconds is None:
+            await self._future
+        else:
+            await asyncio.wait((self._future,), timeout=seconds)
 
 
 class AsyncPort:
@@ -54,6 +57,9 @@ class AsyncPort:
     ) -> object:
         if getattr(store, "inline", False) and operation == "get":
             # Microseconds, and no wait that a budget could end.
+            return await self._operation(store, operation, args)
+        if getattr(store, "budgeted", False):
+            # It ends its operations in time itself: one timer does.
             return await self._operation(store, operation, args)
         try:
             async with asyncio.timeout(budget) as limit:

@@ -13,7 +13,9 @@ class Waiter(Protocol):
 
     def wake(self) -> None: ...
 
-    async def wait(self) -> None: ...
+    async def wait(self, seconds: float | None = None) -> None:
+        """Until it is woken; or until ``seconds`` have passed."""
+        ...
 
 
 class Port(Protocol):

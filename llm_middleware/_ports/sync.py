@@ -21,8 +21,8 @@ class _ThreadWaiter:
     def wake(self) -> None:
         self._event.set()
 
-    async def wait(self) -> None:
-        self._event.wait()
+    async def wait(self, seconds: float | None = None) -> None:
+        self._event.wait(seconds)
 
 
 class SyncPort:

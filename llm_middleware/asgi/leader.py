@@ -19,7 +19,6 @@ from functools import partial
 from typing import Any
 
 from ..caching import headers as http
-from ..caching.answer import CacheInfo
 from ..caching.fastlane import is_failure
 from ..caching.flight import ABANDONED, DONE, FAILED, OPEN, Flight, Head, lead
 from ..caching.keeper import Recorded
@@ -287,11 +286,7 @@ class Leader:
         found = self.fallback
         assert found is not None
         self.replaced = self.answered = True
-        self.flow.flights.land(self.flight)
-        self.flight.begin(Head(found.status, found.headers, found.chunks is not None))
-        for chunk in [found.body] if found.chunks is None else found.chunks:
-            self.flight.push(chunk)
-        self.flight.end(DONE)
+        self.flow.flights.land_with(self.flight, found)
         if not self.client_gone:
             await self.exchange.send_found(self.plan, found)
 
@@ -303,7 +298,7 @@ class Leader:
             return
         self.streaming = True
         detail = None if self.status == 200 else "upstream-error"
-        info = CacheInfo("miss", self.plan.digest, detail, "miss" if self.plan.lookup else "request")
+        info = self.plan.miss(detail)
         self.flow.tell(self.plan, info)
         self._vary()
         if http.content_encoding(self.headers) or not shared:

@@ -78,19 +78,32 @@ def make_tiers(
         if network
         else AtRest(compress=None),
         breaker=Breaker(),
-        # The disk store waits for locks with a timeout of its own; a busy machine must not cost it entries.
-        budget=None if kind == "disk" else settings.store_timeout,
+        # The disk store waits for locks, and S3 for answers, with timeouts of their own: what comes before, a
+        # busy machine's turn or the making of a client, must not cost entries.
+        budget=None if kind in ("disk", "s3") else settings.store_timeout,
         memory_ttl=settings.default_in_memory_ttl,
+        recents=kind == "redis" and settings.batch_redis_requests and settings.memory_tier,
     )
 
 
 def _network_store(settings: CacheSettings, clock: Clock, connection: Mapping[str, object]) -> object:
     if settings.type == "redis":
         from ..stores.redis import RedisStore
+        from ..stores.redis_buffer import BufferedRedisStore
         from ..stores.redis_connect import RedisConnection
+        from ..stores.redis_peers import RedisPeers
+        from ..stores.redis_recent import RecentEntries
 
-        budget = settings.store_timeout
-        return RedisStore(RedisConnection.from_settings(connection, budget=budget), clock=clock)
+        reached = RedisConnection.from_settings(connection, budget=settings.store_timeout)
+        size, peers, recents = settings.redis_flush_size, None, None
+        if settings.memory_tier or (settings.single_flight == "shared" and size is None):
+            peers = RedisPeers(reached, settings.namespace, lease=settings.single_flight_lease)
+        if settings.batch_redis_requests and settings.memory_tier:
+            recents = RecentEntries(reached, settings.namespace)
+        made = RedisStore(reached, clock=clock, peers=peers, recents=recents)
+        if size is None:
+            return made
+        return BufferedRedisStore(made, size=size, interval=settings.redis_flush_interval, clock=clock)
     from ..stores.s3 import S3Store
 
     return S3Store.from_settings({"timeout": settings.store_timeout, **connection}, clock=clock)

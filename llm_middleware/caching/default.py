@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 
 from .decorator import cached
 from .manager import CacheManager
+from .settings import SETTINGS
 
 __all__ = ["cached", "default_cache", "disable_cache", "enable_cache", "update_cache"]
+
+logger = logging.getLogger("llm_middleware")
 
 _lock = threading.Lock()
 _default: CacheManager | None = None
@@ -30,8 +34,15 @@ def enable_cache(type: str = "local", **settings: object) -> CacheManager:  # no
     with _lock:
         before, _default = _default, cache
     if before is not None:
-        before.close()
+        _close(before)
     return cache
+
+
+def _close(before: CacheManager) -> None:
+    try:
+        before.close()
+    except Exception as exc:  # such as a store that has async methods only; its successor serves already
+        logger.warning("the former default cache was not closed: %s: %s", type(exc).__name__, exc)
 
 
 def disable_cache() -> None:
@@ -39,8 +50,15 @@ def disable_cache() -> None:
     default_cache().disable()
 
 
-def update_cache(**settings: object) -> CacheManager:
-    """Change settings of the default cache while it is in use."""
+def update_cache(type: str | None = None, **settings: object) -> CacheManager:  # noqa: A002
+    """Change settings of the default cache while it is in use, and return it.
+
+    With ``type``, or with what is not one of `CacheSettings` (a connection's settings, ``store``, ``hooks``),
+    another cache takes its place, as by `enable_cache`: the type in use unless given, these settings, and all
+    others as they are by default. Wrong settings are a `ConfigError` and leave everything as it was.
+    """
     cache = default_cache()
-    cache.update(**settings)
-    return cache
+    if type is None and all(name in SETTINGS for name in settings):
+        cache.update(**settings)
+        return cache
+    return enable_cache(cache.settings.type if type is None else type, **settings)

@@ -13,11 +13,13 @@ A reader accepts exactly its own version with a right checksum and exact lengths
 
 from __future__ import annotations
 
+import functools
 import json
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import CorruptEntryError
 from ..types import Headers
@@ -62,7 +64,10 @@ class Form:
 
 @dataclass(slots=True)
 class Entry:
-    """An answer as it is kept. Times are seconds since the epoch; ``expires`` ends its freshness."""
+    """An answer as it is kept. Times are seconds since the epoch; ``expires`` ends its freshness.
+
+    ``labels``: what it may be found by beside its key; they stand in front of the encoded entry, not in it.
+    """
 
     kind: str
     created: float
@@ -72,6 +77,7 @@ class Entry:
     model: str | None = None
     tags: tuple[str, ...] = ()
     vary: tuple[tuple[str, str], ...] = ()
+    labels: bytes = b""
 
 
 def pack_ends(ends: Sequence[int]) -> bytes:
@@ -121,23 +127,50 @@ def decode(data: bytes) -> Entry:
         at = _HEAD.size + _FIXED.size
         if len(data) != at + meta_size + sum(sizes):
             raise CorruptEntryError("lengths do not add up")
-        kind, model, tags, vary, forms = json.loads(data[at : at + meta_size])
+        meta = data[at : at + meta_size]
+        known = _known(meta) if meta_size <= _KNOWN_SIZE else _parsed(meta)
         at += meta_size
-        decoded: list[Form | None] = []
-        for index, form in enumerate(forms):
-            body_size, ends_size = sizes[2 * index : 2 * index + 2]
-            if form is None:
-                decoded.append(None)
-                continue
-            headers, streamed, usage, status = form
-            body, ends = data[at : at + body_size], data[at + body_size : at + body_size + ends_size]
-            at += body_size + ends_size
-            pairs = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
-            decoded.append(Form(pairs, body, ends if streamed else None, usage, status))
-        plain, stream = decoded
-        varied = tuple((name, value) for name, value in vary)
-        return Entry(kind, created, expires, plain, stream, model, tuple(tags), varied)
+        plain = _form(known.plain, data, at, sizes[0], sizes[1])
+        stream = _form(known.stream, data, at + sizes[0] + sizes[1], sizes[2], sizes[3])
+        return Entry(known.kind, created, expires, plain, stream, known.model, known.tags, known.vary)
     except CorruptEntryError:
         raise
     except (struct.error, ValueError, TypeError, AttributeError) as exc:
         raise CorruptEntryError(f"not an entry: {type(exc).__name__}") from exc
+
+
+_Recorded = tuple[Headers, bool, bool, int]
+
+
+class _Meta(NamedTuple):
+    kind: str
+    model: str | None
+    tags: tuple[str, ...]
+    vary: tuple[tuple[str, str], ...]
+    plain: _Recorded | None
+    stream: _Recorded | None
+
+
+def _parsed(meta: bytes) -> _Meta:
+    kind, model, tags, vary, forms = json.loads(meta.decode("ascii"))
+    plain, stream = (None if form is None else _recorded(*form) for form in forms)
+    return _Meta(kind, model, tuple(tags), tuple((name, value) for name, value in vary), plain, stream)
+
+
+def _recorded(headers: list[list[str]], streamed: bool, usage: bool, status: int) -> _Recorded:
+    pairs = tuple((name.encode("latin-1"), value.encode("latin-1")) for name, value in headers)
+    return pairs, streamed, usage, status
+
+
+# Many answers of one upstream have the same meta, and it is most of the work of decoding them: 6.4 µs against
+# 2.5.
+_KNOWN_SIZE = 1024
+_known = functools.lru_cache(512)(_parsed)
+
+
+def _form(recorded: _Recorded | None, data: bytes, at: int, size: int, ends: int) -> Form | None:
+    if recorded is None:
+        return None
+    headers, streamed, usage, status = recorded
+    end = at + size
+    return Form(headers, data[at:end], data[end : end + ends] if streamed else None, usage, status)

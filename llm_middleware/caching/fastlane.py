@@ -34,7 +34,7 @@ def select(
     if entry.kind != plan.kind:
         return None
     ttl = entry.expires - now
-    age = now - entry.created
+    age = max(0.0, now - entry.created)
     stale = None
     if ttl <= 0 or not plan.simple:
         controls = plan.controls

@@ -120,7 +120,8 @@ class Fetch:
             info, answer = await self.flow.keeper.complete(self.port, self.plan, answer, opened)
         except Exception as exc:
             if fallback is not None:
-                return await self._fallback(flight, fallback)
+                self.flow.flights.land_with(flight, fallback)
+                return answer_found(self.plan, fallback)
             flight.end(FAILED, error=exc)
             raise
         except BaseException:
@@ -134,15 +135,6 @@ class Fetch:
         flight.push(answer.body)
         flight.end(DONE, outcome=info)
         return Answer(info, answer.status, answer.headers, answer.body)
-
-    async def _fallback(self, flight: Flight, found: Found) -> Answer:
-        chunks = [found.body] if found.chunks is None else found.chunks
-        flight.begin(Head(found.status, found.headers, found.chunks is not None))
-        for chunk in chunks:
-            flight.push(chunk)
-        flight.end(DONE)
-        self.flow.flights.land(flight)
-        return answer_found(self.plan, found)
 
     def _stream(self, flight: Flight, items: AsyncIterator[object] | Iterator[object]) -> Answer:
         self._iterable(items)
@@ -158,7 +150,7 @@ class Fetch:
                 flight.cancel_with(cancel)
         else:
             self._pump(flight, landing, items).begin(finish=finish)
-        info = CacheInfo("miss", self.plan.digest, forward="miss" if self.plan.lookup else "request")
+        info = self.plan.miss()
         reader = FlightReader(flight, self.port, ends_all=policy == "cancel")
         return Answer(info, 200, headers, b"", lambda: reader)
 

@@ -21,6 +21,7 @@ from functools import partial
 from .._ports.protocol import Port, Waiter
 from ..errors import FlightAbandonedError
 from ..types import Headers
+from .answer import Found
 
 __all__ = [
     "ABANDONED",
@@ -74,6 +75,7 @@ class Flight:
         "joinable",
         "key",
         "on_join",
+        "on_land",
         "outcome",
         "readers",
         "size",
@@ -93,6 +95,7 @@ class Flight:
         self.vary: tuple[tuple[str, str], ...] | None = ()
         self.readers = 0
         self.on_join: Callable[[], object] | None = None
+        self.on_land: Callable[[], object] | None = None
         # Re-entrant: a reader that is garbage-collected leaves, wherever the collector happens to run.
         self._lock = threading.RLock()
         self._waiters: list[Waiter] = []
@@ -301,6 +304,17 @@ class FlightTable:
             self.landed += 1
             if self._flights.get(flight.key) is flight:
                 del self._flights[flight.key]
+            on_land, flight.on_land = flight.on_land, None
+        if on_land is not None:
+            on_land()
+
+    def land_with(self, flight: Flight, found: Found) -> None:
+        """A stored answer stands in for the one that the call did not get."""
+        self.land(flight)
+        flight.begin(Head(found.status, found.headers, found.chunks is not None))
+        for chunk in [found.body] if found.chunks is None else found.chunks:
+            flight.push(chunk)
+        flight.end(DONE)
 
 
 def lead(flight: Flight) -> contextvars.Token[frozenset[str]]:

@@ -11,9 +11,10 @@ from .._ports.protocol import Port
 from ..errors import NOT_CACHED, CacheMissError
 from ..types import Clock
 from .fastlane import no_header
-from .flight import ABANDONED, FlightTable
+from .flight import ABANDONED, Flight, FlightTable
 from .keeper import Keeper
 from .lookup import Header, Lookup, Opened
+from .peers import Peers
 from .plan import Plan
 from .reporter import Reporter
 from .settings import CacheSettings
@@ -52,15 +53,70 @@ class Flow:
             opened.flight, opened.leads = self.flights.solo(plan.key), True
             return opened
         flight, leads = self.flights.join(self._flight_key(plan))
-        if leads and self.flights.landed != landed:
-            # A flight ended between our look and our lead: what it stored may answer.
-            opened = await self.lookup.look(port, plan, header)
+        if leads and flight.joinable:
+            try:
+                opened = await self._lead(port, plan, header, opened, flight, landed)
+            except BaseException:
+                self._abandon(flight)
+                raise
             if opened.found is not None:
-                self.flights.land(flight)
-                flight.end(ABANDONED)
+                self._abandon(flight)
                 return opened
         opened.flight, opened.leads = flight, leads
         return opened
+
+    async def _lead(
+        self, port: Port, plan: Plan, header: Header, opened: Opened, flight: Flight, landed: int
+    ) -> Opened:
+        """Look again where an answer may have come since; and see that no other process calls too."""
+        if self.flights.landed != landed:
+            # A flight ended between our look and our lead: what it stored may answer.
+            opened = await self.lookup.look(port, plan, header)
+        peers = self.tiers.peers
+        if (
+            opened.found is not None
+            or peers is None
+            or plan.items
+            or self.settings.single_flight != "shared"
+            or not hasattr(self.tiers.store, "claim")
+        ):
+            return opened
+        return await self._claim(port, plan, header, opened, flight, peers)
+
+    async def _claim(
+        self, port: Port, plan: Plan, header: Header, opened: Opened, flight: Flight, peers: Peers
+    ) -> Opened:
+        """Lead the call for all processes, or wait for the answer of the one that does."""
+        lease = peers.lease(plan.key, flight.key.rpartition("/")[2])
+        current = opened
+
+        async def attempt() -> bool:
+            nonlocal current
+            try:
+                claimed, entry = await self.tiers.claim(port, plan, lease)
+            except Exception as exc:
+                self.tiers.failed(plan, exc, "claim")
+                return True
+            try:
+                # Also where there is none any more: what was removed must not be stored beside the answer.
+                judged = entry and self.lookup.judge(entry, plan, self.tiers.tier, header)
+                current = judged or Opened()
+            except BaseException:
+                if claimed is not None:
+                    peers.give_up(claimed, "freed")
+                raise
+            if current.found is None and claimed is not None:
+                peers.hold(flight, claimed)
+            elif claimed is not None:
+                peers.give_up(claimed)
+            return current.found is not None or claimed is not None
+
+        await peers.wait(port, plan.key, lease, attempt, self.settings.single_flight_wait)
+        return current
+
+    def _abandon(self, flight: Flight) -> None:
+        self.flights.land(flight)
+        flight.end(ABANDONED)
 
     @staticmethod
     def _flight_key(plan: Plan) -> str:

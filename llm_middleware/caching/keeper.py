@@ -16,6 +16,7 @@ from .answer import CacheInfo
 from .batch import Batch, joined, split
 from .entry import Entry, Form, pack_ends
 from .fastlane import no_header
+from .labels import MOST, count, union
 from .lookup import Header, Opened
 from .plan import Plan
 from .reporter import Reporter
@@ -115,7 +116,7 @@ class Keeper:
     async def _complete_batch(
         self, port: Port, plan: Plan, answer: Recorded, batch: Batch, header: Header
     ) -> tuple[CacheInfo, Recorded]:
-        info = CacheInfo("miss", plan.digest, forward="miss" if plan.lookup else "request")
+        info = plan.miss()
         if batch.found:
             info.status, info.forward, info.detail = "partial", "partial", batch.share
         parts = split(answer.body, batch, plan.inputs) if answer.status == 200 else None
@@ -137,6 +138,9 @@ class Keeper:
         return info, replace(answer, headers=headers_, body=joined(batch.keys, {**batch.found, **parts}))
 
     def _tell_stored(self, plan: Plan, info: CacheInfo) -> None:
+        # What broke off may still be answered, by another call.
+        if self.tiers.peers is not None and info.detail != "unterminated":
+            self.tiers.peers.settled(plan.key, stored=info.stored)
         name = "stored" if info.stored else "not-stored"
         self.reporter.emit(
             Event(name, plan.kind, info.key, None, plan.stream, plan.model, info.detail, self.reporter.tier)
@@ -154,7 +158,7 @@ class Keeper:
     ) -> CacheInfo:
         """Admit and store a finished answer; what to tell the caller of it. ``reasons``: what its body was
         judged to be, where that was done before."""
-        info = CacheInfo("miss", plan.digest, forward="miss" if plan.lookup else "request")
+        info = plan.miss()
         info.detail = await self.refusal(port, plan, answer, header, reasons)
         if info.detail is None:
             info.stored = await self.keep(port, plan, answer, beside=beside, header=header)
@@ -178,16 +182,22 @@ class Keeper:
         ends = None if answer.ends is None else pack_ends(answer.ends)
         form = Form(headers.kept(answer.headers), answer.body, ends, plan.usage, answer.status)
         vary = headers.varies(answer.headers, header) or ()
-        entry = Entry(plan.kind, now, expires, None, None, plan.model, plan.controls.tags, vary)
-        if beside is not None and beside.vary == vary:
+        tags, labels = plan.controls.tags, plan.labels
+        entry = Entry(plan.kind, now, expires, None, None, plan.model, tags, vary, labels)
+        if beside is not None:
+            # As it is now: during a long call it may have been removed or replaced.
+            beside, _ = await self.tiers.get(port, plan.kind, plan.key)
+        joined = labels if beside is None else union(beside.labels, labels)
+        if beside is not None and beside.vary == vary and count(joined) <= MOST:
             # The entry gains its second form and keeps the shorter life: neither form may outlive its time.
-            entry = replace(beside, expires=min(beside.expires, expires))
+            tags, labels = tuple(dict.fromkeys((*beside.tags, *tags))), joined
+            entry = replace(beside, expires=min(beside.expires, expires), tags=tags, labels=labels)
             kept_for = None if kept_for is None else min(kept_for, max(0.0, entry.expires - now))
         if plan.stream:
             entry.stream = form
         else:
             entry.plain = form
-        return await self.tiers.set(port, plan.kind, plan.key, entry, kept_for)
+        return await self.tiers.set(port, plan, entry, kept_for)
 
 
 def _unmatched(answer: Recorded) -> Recorded:

@@ -105,15 +105,21 @@ class Lookup:
         """A stored answer that fits, or None."""
         if plan.items:
             return (await self._look_batch(port, plan, header)).found
+        if self.tiers.recents:
+            await self.tiers.bring_recent(port, plan)
         entry, tier = await self.tiers.get(port, plan.kind, plan.key)
         return None if entry is None else select(entry, plan, self.clock(), tier, header)
 
     async def look(self, port: Port, plan: Plan, header: Header) -> Opened:
         if plan.items:
             return await self._look_batch(port, plan, header)
+        if self.tiers.recents:
+            await self.tiers.bring_recent(port, plan)
         entry, tier = await self.tiers.get(port, plan.kind, plan.key)
-        if entry is None:
-            return Opened()
+        return Opened() if entry is None else self.judge(entry, plan, tier, header)
+
+    def judge(self, entry: Entry, plan: Plan, tier: str, header: Header) -> Opened:
+        """What a stored entry is good for."""
         now = self.clock()
         if plan.lookup:
             found = select(entry, plan, now, tier, header)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import TypeVar
 
 from .._drive import run_sync
+from .._ports.faces import SYNC, async_port
 from .._ports.protocol import Port
-from .._ports.sync import SyncPort
 from ..errors import ConfigError
 from ..events import Hook
 from ..stores.functions import Functions, FunctionStore
@@ -20,36 +20,42 @@ from .answer import Answer, CacheInfo
 from .backends import NETWORK, check_arguments, make_tiers
 from .controls import parse_body
 from .endpoints import kind_of
+from .environ import resolved
 from .fetch import Call, Fetch, answer_found
 from .flow import Flow
 from .headers import EVENT_STREAM
 from .keeper import Recorded
-from .ping import ping
+from .operations import Operations
 from .plan import Asked, Body, Plan
 from .planner import Planner
 from .reporter import Reporter
 from .results import recorded
-from .settings import make_settings, own_settings
+from .settings import make_settings, parse_settings
 from .sse import event_ends
 
 __all__ = ["CacheManager"]
 
 T = TypeVar("T")
 
-_SYNC = SyncPort()
-_async_port: Port | None = None
+# What the store and the tiers were made with.
+_FIXED = (
+    "type",
+    "max_bytes",
+    "disk_cache_dir",
+    "memory_tier",
+    "default_in_memory_ttl",
+    "store_timeout",
+    "compress",
+    "compress_above",
+    "encryption_key",
+    "redis_flush_size",
+    "redis_flush_interval",
+    "batch_redis_requests",
+    "single_flight_lease",
+)
 
 
-def _async() -> Port:
-    global _async_port
-    if _async_port is None:
-        from .._ports.async_ import AsyncPort  # on first use: it brings asyncio
-
-        _async_port = AsyncPort()
-    return _async_port
-
-
-class CacheManager:
+class CacheManager(Operations):
     """Keeps answers of LLM endpoints and gives them back.
 
     ``type``: ``"local"`` (this process's memory, the default), ``"disk"`` (``disk_cache_dir``, shared by the
@@ -72,13 +78,13 @@ class CacheManager:
         add_cache: Callable[..., object] | None = None,
         **settings: object,
     ) -> None:
+        type = resolved(type, param="type")  # noqa: A001
         check_arguments(type, store, hooks, clock, get_cache, add_cache)
         if store is not None or get_cache is not None or add_cache is not None:
             type = "custom" if type == "local" else type  # noqa: A001
         own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
         self._clock = clock
-        ours, connection = own_settings(settings) if type in NETWORK else (settings, {})
-        self.settings = make_settings({**ours, "type": type}, known=own)
+        self.settings, connection = parse_settings(type, settings, known=own)
         self._functions = Functions(get_cache, add_cache)
         if store is None and self._functions.given:
             store = FunctionStore(self._functions)
@@ -130,10 +136,11 @@ class CacheManager:
         """Change settings while in use. Requests under way keep those they began with. ``type`` and what
         belongs to the store cannot change: make a new manager for that."""
         with self._lock:
-            for name in ("type", "max_bytes", "disk_cache_dir"):
-                if name in changes and changes[name] != getattr(self.settings, name):
+            settings = make_settings(changes, self.settings)
+            for name in _FIXED if self.settings.type not in NETWORK else (*_FIXED, "namespace"):
+                if getattr(settings, name) != getattr(self.settings, name):
                     raise ConfigError(f"{name}: cannot change in use; make a new CacheManager", param=name)
-            self.settings = make_settings(changes, self.settings)
+            self.settings = settings
             self._flow.update(self.settings)
             self.planner.update(self.settings)
 
@@ -199,7 +206,7 @@ class CacheManager:
         user); answers never cross scopes. ``controls``: as in the body's ``cache`` field, and before it.
         Concurrent identical fetches share one call. What ``call`` raises is raised here.
         """
-        return run_sync(self._fetch(_SYNC, body, call, kind, scope, controls, caching))
+        return run_sync(self._fetch(SYNC, body, call, kind, scope, controls, caching))
 
     async def afetch(
         self,
@@ -212,7 +219,7 @@ class CacheManager:
         caching: bool = True,
     ) -> Answer:
         """`fetch` for async callers; ``call`` may be async and may return an async iterator."""
-        return await self._fetch(_async(), body, call, kind, scope, controls, caching)
+        return await self._fetch(async_port(), body, call, kind, scope, controls, caching)
 
     async def _fetch(
         self,
@@ -239,13 +246,13 @@ class CacheManager:
         self, body: Body, *, kind: str = "chat", scope: str = "", controls: Mapping[str, object] | None = None
     ) -> Answer | None:
         """The stored answer to this request, or None."""
-        return run_sync(self._get(_SYNC, body, kind, scope, controls))
+        return run_sync(self._get(SYNC, body, kind, scope, controls))
 
     async def aget(
         self, body: Body, *, kind: str = "chat", scope: str = "", controls: Mapping[str, object] | None = None
     ) -> Answer | None:
         """`get` for async callers."""
-        return await self._get(_async(), body, kind, scope, controls)
+        return await self._get(async_port(), body, kind, scope, controls)
 
     async def _get(
         self, port: Port, body: Body, kind: str, scope: str, controls: Mapping[str, object] | None
@@ -269,7 +276,7 @@ class CacheManager:
     ) -> str | None:
         """Store ``answer`` for this request: whatever a ``call`` of `fetch` may return, but a stream as its
         whole bytes. The cache key, or None where the answer may not be kept."""
-        return run_sync(self._set(_SYNC, body, answer, kind, scope, controls))
+        return run_sync(self._set(SYNC, body, answer, kind, scope, controls))
 
     async def aset(
         self,
@@ -281,7 +288,7 @@ class CacheManager:
         controls: Mapping[str, object] | None = None,
     ) -> str | None:
         """`set` for async callers."""
-        return await self._set(_async(), body, answer, kind, scope, controls)
+        return await self._set(async_port(), body, answer, kind, scope, controls)
 
     async def _set(
         self,
@@ -301,61 +308,6 @@ class CacheManager:
             record = Recorded(200, headers, record.body, event_ends(record.body))
         info = await self._flow.keeper.settle(port, plan, record)
         return info.key if info.stored else None
-
-    # --- delete, flush, ping, close
-
-    def delete(self, *keys: str) -> int:
-        """Remove entries by cache key, as ``x-llm-cache-key`` tells it; how many there were."""
-        return run_sync(self._delete(_SYNC, keys))
-
-    async def adelete(self, *keys: str) -> int:
-        """`delete` for async callers."""
-        return await self._delete(_async(), keys)
-
-    async def _delete(self, port: Port, keys: Sequence[str]) -> int:
-        namespace = self.settings.namespace
-        full = [key if ":" in key else f"{namespace}:{key}" for key in keys]
-        return await self._flow.tiers.delete(port, full)
-
-    def flush(self) -> int:
-        """Remove everything in this manager's namespace, and nothing else; how many entries there were."""
-        return run_sync(self._flush(_SYNC))
-
-    async def aflush(self) -> int:
-        """`flush` for async callers."""
-        return await self._flush(_async())
-
-    async def _flush(self, port: Port) -> int:
-        return await self._flow.tiers.flush(port, self.settings.namespace)
-
-    def ping(self) -> dict[str, object]:
-        """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``, and what
-        the store tells of its server and connection, without secrets. Raises what the store raises."""
-        return run_sync(self._ping(_SYNC))
-
-    async def aping(self) -> dict[str, object]:
-        """`ping` for async callers."""
-        return await self._ping(_async())
-
-    async def _ping(self, port: Port) -> dict[str, object]:
-        return await ping(port, self._flow, self.settings.namespace, self._clock())
-
-    def stats(self) -> dict[str, object]:
-        """Counters since the start, by event name, and the sizes of the memory store."""
-        memory = self._flow.tiers.memory
-        sizes = {} if memory is None else {"entries": len(memory), "bytes": memory.bytes}
-        return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes}
-
-    def close(self) -> None:
-        """Release what the store holds; the manager opens it again when it is used again."""
-        run_sync(self._close(_SYNC))
-
-    async def aclose(self) -> None:
-        """`close` for async callers."""
-        await self._close(_async())
-
-    async def _close(self, port: Port) -> None:
-        await self._flow.tiers.close(port)
 
     def cached(self, function: Callable[..., T] | None = None, **options: object) -> object:
         """Decorate a function, coroutine, generator or async generator: see `llm_middleware.cached`."""

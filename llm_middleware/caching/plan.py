@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from . import cache_key
+from .answer import CacheInfo
 from .batch import inputs_of, single
 from .cache_key import UnkeyableError
 from .controls import Controls, merge, parse_body, parse_header
 from .endpoints import ENDPOINTS, Endpoint
+from .labels import label
 from .settings import CacheSettings
 from .splice import without_member
 
@@ -74,7 +76,7 @@ class Plan:
     ``<namespace>:<64 hex>``. ``lookup``/``store``: whether it may answer from the store and keep the answer.
     ``simple``: any entry that is fresh will do. ``stream``, ``usage``: which form the caller wants.
     ``forward``: the body for the handler where it differs from the one sent. ``items``: for a list of
-    embedding ``inputs``, the store key of each.
+    embedding ``inputs``, the store key of each. ``scope``: whose answer it is.
     """
 
     kind: str
@@ -91,11 +93,31 @@ class Plan:
     controls: Controls = _NO_CONTROLS
     items: tuple[str, ...] = ()
     inputs: tuple[object, ...] = ()
+    scope: str = ""
 
     @property
     def digest(self) -> str:
         """The cache key without the namespace: what ``x-llm-cache-key`` tells."""
         return self.key[-64:]
+
+    def miss(self, detail: str | None = None) -> CacheInfo:
+        """What to tell of a request that goes on."""
+        return CacheInfo("miss", self.digest, detail, "miss" if self.lookup else "request")
+
+    @property
+    def owner(self) -> str:
+        """Who asks for what kind of answer, as 16 hex digits."""
+        return label("owner", f"{self.kind}\0{self.scope}").hex()
+
+    @property
+    def labels(self) -> bytes:
+        """What the answer may be found by beside its key."""
+        named = [label("kind", self.kind), label("scope", self.scope)]
+        if self.model is not None:
+            named.append(label("model", self.model))
+        if self.controls.namespace is not None:
+            named.append(label("namespace", self.controls.namespace))
+        return b"".join([*named, *(label("tag", tag) for tag in self.controls.tags)])
 
 
 def _decompressed(body: bytes, limit: int) -> bytes:
@@ -247,6 +269,7 @@ def make_plan(
         controls=controls,
         items=tuple(items),
         inputs=inputs,
+        scope=asked.scope,
     )
 
 

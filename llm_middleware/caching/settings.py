@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,8 +15,11 @@ from ..errors import ConfigError
 from .admission import REASONS
 from .controls import Controls, merge
 from .endpoints import kind_of
+from .environ import resolved
 
-__all__ = ["CacheSettings", "make_settings", "own_settings"]
+__all__ = ["SETTINGS", "CacheSettings", "make_settings", "parse_settings"]
+
+logger = logging.getLogger("llm_middleware")
 
 _MIB = 1 << 20
 
@@ -29,7 +34,14 @@ class CacheSettings:
     longest that it keeps what that store has. ``default_in_redis_ttl`` (``default_redis_ttl``): ``ttl`` for
     ``type="redis"``. ``store_timeout``: what one operation on a store outside the process may take.
     ``compress`` (``zlib``, ``zstd`` or None), ``compress_above`` and ``encryption_key``: how entries lie in a
-    store on the network; see `AtRest`.
+    store on the network; see `AtRest`. ``redis_flush_size``: writes to Redis are sent together once there are
+    so many, or ``redis_flush_interval`` after the first (None: each at once). ``batch_redis_requests``: so
+    are reads that come together. ``single_flight``: concurrent identical requests share one call in all
+    processes that share the store (``shared``) or in each process. ``single_flight_lease``: for how long
+    others believe that a process that says no more is making the call; ``single_flight_wait``: how long to
+    wait for another process's answer before making the call oneself.
+
+    Numbers, and ``true``, ``false``, ``1`` and ``0``, may be text, as an environment has it.
     """
 
     type: str = "local"
@@ -61,6 +73,12 @@ class CacheSettings:
     compress: str | None = "zlib"
     compress_above: int = 4096
     encryption_key: object = None
+    redis_flush_size: int | None = None
+    redis_flush_interval: float = 1.0
+    batch_redis_requests: bool = False
+    single_flight: str = "shared"
+    single_flight_lease: float = 2.0
+    single_flight_wait: float = 60.0
     kinds: frozenset[str] | None = field(default=None, init=False)
     controls: Mapping[str, object] = field(default_factory=dict, init=False)
     own_controls: Controls = field(default_factory=Controls, init=False)
@@ -91,14 +109,16 @@ def _fail(name: str, expected: str, value: object) -> ConfigError:
     return ConfigError(f"{name}: expected {expected}, got {value!r}", param=name)
 
 
-def _number(expected: str, low: float, high: float) -> Callable[[str, object], object]:
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf", re.IGNORECASE)
+_WHOLE = re.compile(r"\+?[0-9]+")
+_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
+
+
+def _number(expected: str, low: float, high: float = math.inf) -> Callable[[str, object], object]:
     def check(name: str, value: object) -> object:
         number = value
-        if isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                raise _fail(name, expected, value) from None
+        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
+            number = float(value)
         if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
             raise _fail(name, expected, value)
         try:
@@ -110,13 +130,23 @@ def _number(expected: str, low: float, high: float) -> Callable[[str, object], o
 
 
 def _ttl(name: str, value: object) -> object:
-    return None if value is None else _number("seconds >= 0 or None", 0, math.inf)(name, value)
+    return None if value is None else _number("seconds >= 0 or None", 0)(name, value)
 
 
-def _bytes(name: str, value: object) -> object:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise _fail(name, "a number of bytes >= 0", value)
-    return value
+def _whole(expected: str, low: int) -> Callable[[str, object], object]:
+    def check(name: str, value: object) -> object:
+        number = value
+        if isinstance(value, str) and len(value) < 20 and _WHOLE.fullmatch(value.strip()):
+            number = int(value)
+        if isinstance(number, bool) or not isinstance(number, int) or number < low:
+            raise _fail(name, expected, value)
+        return number
+
+    return check
+
+
+def _flush_size(name: str, value: object) -> object:
+    return None if value is None else _whole("a number of entries >= 1 or None", 1)(name, value)
 
 
 def _choice(*choices: str) -> Callable[[str, object], object]:
@@ -125,7 +155,7 @@ def _choice(*choices: str) -> Callable[[str, object], object]:
             near = difflib.get_close_matches(str(value), choices, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}", param=name)
-        return value
+        return next(choice for choice in choices if choice == value)  # of an enum of text, its text
 
     return check
 
@@ -143,10 +173,11 @@ def _names_or_none(name: str, value: object) -> object:
     return None if value is None else _names(name, value)
 
 
-def _boolean(name: str, value: object) -> object:
-    if not isinstance(value, bool):
+def _boolean(name: str, value: object) -> bool:
+    flag = _BOOLEANS.get(value.strip().lower()) if isinstance(value, str) else value
+    if not isinstance(flag, bool):
         raise _fail(name, "True or False", value)
-    return value
+    return flag
 
 
 def _text(name: str, value: object) -> object:
@@ -176,13 +207,15 @@ def _function(name: str, value: object) -> object:
 def _policy(name: str, value: object) -> object:
     if not isinstance(value, Mapping):
         raise _fail(name, "a mapping of reason code to True or False", value)
-    for reason, stored in value.items():
+    for reason in value:
         _choice(*REASONS)(f"{name}.{reason}", reason)
-        _boolean(f"{name}.{reason}", stored)
-    return MappingProxyType(dict(value))
+    stored = {reason: _boolean(f"{name}.{reason}", stored) for reason, stored in value.items()}
+    return MappingProxyType(stored)
 
 
-_seconds = _number("seconds >= 0", 0, math.inf)
+_seconds = _number("seconds >= 0", 0)
+_bytes = _whole("a number of bytes >= 0", 0)
+_LONGEST = 1e9  # seconds: some thirty years, where servers and waits take any number at all
 
 _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "enabled": _boolean,
@@ -211,25 +244,83 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "default_redis_ttl": _ttl,
     "compress_above": _bytes,
     "store_timeout": _seconds,
+    "redis_flush_size": _flush_size,
+    "redis_flush_interval": _number("seconds > 0", math.ulp(0.0), _LONGEST),
+    "batch_redis_requests": _boolean,
+    "single_flight": _choice("shared", "process"),
+    "single_flight_lease": _number("seconds >= 0.1", 0.1, _LONGEST),
+    "single_flight_wait": _seconds,
 }
 
-_NAMES = tuple(setting.name for setting in fields(CacheSettings) if setting.init)
+SETTINGS = tuple(setting.name for setting in fields(CacheSettings) if setting.init)
+_USED_BY = {
+    "disk_cache_dir": "disk",
+    "default_in_redis_ttl": "redis",
+    "default_redis_ttl": "redis",
+    "redis_flush_size": "redis",
+    "redis_flush_interval": "redis",
+    "batch_redis_requests": "redis",
+}
 
 
-def own_settings(settings: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
-    """``settings`` parted into those of `CacheSettings` and the rest, which a store on the network reads."""
-    own = {name: value for name, value in settings.items() if name in _NAMES}
-    return own, {name: value for name, value in settings.items() if name not in own}
+def parse_settings(
+    kind: str, given: Mapping[str, object], *, known: tuple[str, ...] = ()
+) -> tuple[CacheSettings, dict[str, object]]:
+    """The settings of a manager whose type is ``kind``, and those that the connection of its store takes.
+
+    ``os.environ/NAME`` stands for that variable. What only another type of store uses is let go with one
+    warning that names it, so that a file of settings may be used with any type. `ConfigError` names an
+    unknown setting and the nearest valid one; ``known`` lists names that the caller takes itself.
+    """
+    given = resolved(given, param="")
+    mine = _connection_names(kind) if any(name not in SETTINGS for name in given) else ()
+    every = {*SETTINGS, *mine}
+    others = _others(kind) if any(name not in every for name in given) else frozenset()
+    idle = [name for name in given if name in others - every]
+    _check_names([name for name in given if name not in idle], (*SETTINGS, *known, *mine), every)
+    own = {name: value for name, value in given.items() if name in SETTINGS}
+    settings = CacheSettings(**{**own, "type": kind})  # type: ignore[arg-type]  # checked there
+    idle += [name for name in own if _USED_BY.get(name, kind) != kind]
+    if idle := [name for name in idle if given[name] is not None]:
+        logger.warning("type=%r does not use these cache settings: %s", kind, ", ".join(idle))
+    return settings, {name: value for name, value in given.items() if name in mine}
+
+
+def _connection_names(kind: str) -> tuple[str, ...]:
+    """What the store of this type takes beside the settings here."""
+    if kind == "redis":
+        from ..stores.redis_settings import known_names
+
+        return known_names()
+    if kind == "s3":
+        from ..stores.s3 import S3Settings
+
+        return tuple(setting.name for setting in fields(S3Settings))
+    return ()
+
+
+def _others(kind: str) -> frozenset[str]:
+    """Names that are known to be those of another type's store, whether or not that could be used here."""
+    from ..stores.redis_settings import COMMON_NAMES
+
+    s3 = [name for name in _connection_names("s3") if name.startswith("s3_")] if kind != "s3" else []
+    return frozenset([*s3, *(COMMON_NAMES if kind != "redis" else ())])
 
 
 def make_settings(
     changes: Mapping[str, object], base: CacheSettings | None = None, *, known: tuple[str, ...] = ()
 ) -> CacheSettings:
-    """``base`` (or the defaults) with ``changes``. `ConfigError` names an unknown setting and the nearest
-    valid one; ``known`` lists names that the caller takes itself, so that they are suggested too."""
-    for name in changes:
-        if name not in _NAMES:
-            near = difflib.get_close_matches(name, (*_NAMES, *known), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown cache setting {name!r}{hint}", param=name)
+    """``base`` (or the defaults) with ``changes``, in which ``os.environ/NAME`` stands for that variable.
+    `ConfigError` names an unknown setting and the nearest valid one; ``known`` lists names that the caller
+    takes itself, so that they are suggested too."""
+    _check_names(changes, (*SETTINGS, *known), SETTINGS)
+    changes = resolved(changes, param="")
     return replace(base, **changes) if base is not None else CacheSettings(**changes)  # type: ignore[arg-type]
+
+
+def _check_names(given: Iterable[str], near: Sequence[str], valid: Container[str]) -> None:
+    for name in given:
+        if name not in valid:
+            nearest = difflib.get_close_matches(name, near, 1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"unknown cache setting {name!r}{hint}", param=name)

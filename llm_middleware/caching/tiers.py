@@ -1,8 +1,8 @@
 """`Tiers`: this process's memory in front of a store that others share, as one place to look.
 
 Memory holds `Entry` objects, the store behind it holds their bytes. Rules that hold here:
-- Memory never keeps an entry longer than ``memory_ttl``: what another process deletes or replaces is gone
-  from here by then at the latest, and as a rule at once, through the store's invalidations.
+- What another process deletes or replaces is gone from here as soon as that is told. While nothing can be
+  told, memory keeps an entry for a second; where the store has no way to tell, for ``memory_ttl``.
 - Every operation on the store behind has a budget and goes through a breaker. What fails there is a miss or
   an entry not kept; it is counted, and never raised to a request.
 - Bytes that are not an entry are a miss, counted and removed.
@@ -11,6 +11,7 @@ Memory holds `Entry` objects, the store behind it holds their bytes. Rules that 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .._ports.protocol import Port
 from ..errors import CorruptEntryError, StoreError
@@ -19,9 +20,16 @@ from ..types import Clock
 from .at_rest import AtRest
 from .breaker import Breaker
 from .entry import Entry, decode, encode
+from .labels import labelled, unlabelled
+from .near import Near
+from .peers import Claimed, Peers
+from .plan import Plan
 from .reporter import Reporter
 
 __all__ = ["Tiers"]
+
+# Callers of whom it is known that their recent answers were brought.
+_CALLERS = 10_000
 
 
 class Tiers:
@@ -39,9 +47,12 @@ class Tiers:
         breaker: Breaker,
         budget: float | None,
         memory_ttl: float,
+        recents: bool = False,
     ) -> None:
         self.memory = memory
+        self.near = None if memory is None or store is None else Near(memory, memory_ttl)
         self.store = store
+        self.peers = Peers.of(store, self.near)
         self.tier = reporter.tier = "memory" if store is None else str(getattr(store, "tier", "custom"))
         self._clock = clock
         self._reporter = reporter
@@ -49,16 +60,23 @@ class Tiers:
         self._breaker = breaker
         self._budget = budget
         self._memory_ttl = memory_ttl
+        self.recents = recents
+        self._brought: dict[str, float] = {}
 
     def replace(self, store: object) -> None:
         """Use ``store`` alone from now on."""
-        self.memory, self.store = None, store
+        if self.peers is not None:
+            self.peers.close()
+        self.memory, self.near, self.peers, self.store = None, None, None, store
+        self.recents = False
         self.tier = self._reporter.tier = str(getattr(store, "tier", "custom"))
 
     # --- one operation on the store behind
 
     async def _ask(self, port: Port, operation: str, *args: object) -> object:
         """What the store behind answers; `StoreError` at once while its breaker is open."""
+        if self.peers is not None:
+            self.peers.listen()
         if not self._breaker.allow():
             raise StoreError(f"{self.tier}: not asked, it failed a moment ago", code="breaker_open")
         try:
@@ -66,12 +84,18 @@ class Tiers:
         except CorruptEntryError:
             self._breaker.succeeded()
             raise
-        except Exception:
-            self._breaker.failed()
+        except Exception as exc:
+            # A store that is full or read-only refuses writes at once, and reads go on.
+            refused = isinstance(exc, StoreError) and exc.code == "store_refused"
+            self._breaker.succeeded() if refused else self._breaker.failed()
             raise
         self._breaker.succeeded()
         self._reporter.store_answered(operation)
         return result
+
+    def failed(self, plan: Plan, error: Exception, operation: str) -> None:
+        """The store failed at an operation whose error was raised."""
+        self._failed(plan.kind, plan.key, error, operation)
 
     def _failed(self, kind: str, key: str, error: Exception, operation: str) -> None:
         if not (isinstance(error, StoreError) and error.code == "breaker_open"):
@@ -85,31 +109,91 @@ class Tiers:
             entry = self.memory.get(key)
             if entry is not None or self.store is None:
                 return entry, "memory"
+        since = self._moment()
         try:
             value = await self._ask(port, "get", key)
-            entry = None if value is None else self._opened(key, value)
-        except CorruptEntryError as exc:
-            self._reporter.store_failed(kind, key, exc)
-            await self._remove(port, kind, key)
-            return None, self.tier
         except Exception as exc:
-            self._failed(kind, key, exc, "get")
+            await self._unreadable(port, kind, key, exc, "get")
             return None, self.tier
-        if entry is None or entry.kind != kind:
-            return None, self.tier
-        self._fill(key, entry)
-        return entry, self.tier
+        return await self._checked(port, kind, key, value, since), self.tier
+
+    async def bring_recent(self, port: Port, plan: Plan) -> None:
+        """Bring a caller's most recent answers nearer, in one round trip, with its first request; and again
+        when memory may have let go of them."""
+        owner, now = plan.owner, self._clock()
+        if self._brought.get(owner, 0.0) > now:
+            return
+        if len(self._brought) >= _CALLERS:
+            self._brought.clear()
+        self._brought[owner] = now + self._memory_ttl
+        since = self._moment()
+        try:
+            found: Any = await self._ask(port, "recent", owner)
+        except Exception as exc:
+            self._failed(plan.kind, plan.key, exc, "recent")
+            return
+        for key, value in found:
+            await self._checked(port, plan.kind, key, value, since)
+
+    async def claim(self, port: Port, plan: Plan, lease: str) -> tuple[Claimed | None, Entry | None]:
+        """The lease, where the caller now holds it and so is the one to call; and the entry, where it is
+        stored by now. Raises what the store raises."""
+        since = self._moment()
+        answer: Any = await self._ask(port, "claim", plan.key, lease)
+        token, value = answer
+        claimed = None if token is None else Claimed(plan.key, lease, token)
+        try:
+            return claimed, await self._checked(port, plan.kind, plan.key, value, since)
+        except BaseException:
+            if claimed is not None and self.peers is not None:
+                self.peers.give_up(claimed, "freed")
+            raise
+
+    def _moment(self) -> int:
+        return 0 if self.near is None else self.near.moment()
+
+    async def _checked(self, port: Port, kind: str, key: str, value: object, since: int) -> Entry | None:
+        """The entry that the store's value is, which comes nearer; None where it is none of this kind."""
+        if value is None:
+            return None
+        try:
+            entry = self._opened(key, value)
+        except Exception as exc:
+            await self._unreadable(port, kind, key, exc, "get")
+            return None
+        if entry.kind != kind:
+            return None
+        self._fill(key, entry, since)
+        return entry
+
+    async def _unreadable(self, port: Port, kind: str, key: str, error: Exception, operation: str) -> None:
+        if not isinstance(error, CorruptEntryError):
+            self._failed(kind, key, error, operation)
+            return
+        self._reporter.store_failed(kind, key, error)
+        try:
+            await self._ask(port, "delete", [key])
+        except Exception as exc:
+            self._failed(kind, key, exc, "delete")
+
+    def _sealed(self, key: str, entry: Entry, scope: str = "") -> bytes:
+        return labelled(entry.labels, self._at_rest.seal(encode(entry), key=key, scope=scope))
 
     def _opened(self, key: str, value: object) -> Entry:
         if not isinstance(value, bytes):
             raise CorruptEntryError(f"the store returned {type(value).__name__}, not bytes")
-        return decode(self._at_rest.open(value, key=key))
+        labels, sealed = unlabelled(value)
+        entry = decode(self._at_rest.open(sealed, key=key))
+        entry.labels = labels
+        return entry
 
-    def _fill(self, key: str, entry: Entry) -> None:
+    def _fill(self, key: str, entry: Entry, since: int) -> None:
         """Bring an entry nearer, for the rest of its life and no longer."""
-        left = min(entry.expires - self._clock(), self._memory_ttl)
-        if self.memory is not None and left > 0:
-            self.memory.set(key, entry, left)
+        if self.near is None:
+            return
+        left = entry.expires - self._clock()
+        if left > 0:
+            self.near.fill(key, entry, left, since)
 
     async def get_many(self, port: Port, kind: str, keys: Sequence[str]) -> dict[str, tuple[Entry, str]]:
         """Those of ``keys`` that are stored, in one round trip where the store has one."""
@@ -129,6 +213,7 @@ class Tiers:
                 if entry is not None:
                     found[key] = entry, tier
             return found
+        since = self._moment()
         try:
             values = await self._ask(port, "mget", missing)
             assert isinstance(values, list)
@@ -136,46 +221,34 @@ class Tiers:
             self._failed(kind, missing[0], exc, "mget")
             return found
         for key, value in zip(missing, values, strict=True):
-            if value is not None and (entry := await self._checked(port, kind, key, value)) is not None:
+            entry = await self._checked(port, kind, key, value, since)
+            if entry is not None:
                 found[key] = entry, self.tier
         return found
 
-    async def _checked(self, port: Port, kind: str, key: str, value: object) -> Entry | None:
-        try:
-            entry = self._opened(key, value)
-        except CorruptEntryError as exc:
-            self._reporter.store_failed(kind, key, exc)
-            await self._remove(port, kind, key)
-            return None
-        if entry.kind != kind:
-            return None
-        self._fill(key, entry)
-        return entry
-
     # --- writing
 
-    async def set(self, port: Port, kind: str, key: str, entry: Entry, kept_for: float | None) -> bool:
+    async def set(self, port: Port, plan: Plan, entry: Entry, kept_for: float | None) -> bool:
         """Keep an entry in every tier; False where the one behind fails (it is in memory all the same)."""
-        if self.memory is not None:
-            near = kept_for
-            if self.store is not None:
-                near = self._memory_ttl if kept_for is None else min(kept_for, self._memory_ttl)
-            self.memory.set(key, entry, near)
         if self.store is None:
+            assert self.memory is not None
+            self.memory.set(plan.key, entry, kept_for)
             return True
+        if self.near is not None:
+            self.near.put(plan.key, entry, kept_for)
         try:
-            sealed = self._at_rest.seal(encode(entry), key=key)
-            await self._ask(port, "set", key, sealed, kept_for)
+            owner = (plan.owner,) if self.recents else ()
+            await self._ask(
+                port, "set", plan.key, self._sealed(plan.key, entry, plan.scope), kept_for, *owner
+            )
         except Exception as exc:
-            self._failed(kind, key, exc, "set")
+            self._failed(plan.kind, plan.key, exc, "set")
+            if self.near is not None:
+                self.near.put(plan.key, entry, kept_for, alone=True)
             return False
+        if self.near is not None:
+            self.near.written(plan.key, entry)
         return True
-
-    async def _remove(self, port: Port, kind: str, key: str) -> None:
-        try:
-            await self._ask(port, "delete", [key])
-        except Exception as exc:
-            self._failed(kind, key, exc, "delete")
 
     # --- the operator's words: these raise what the store raises
 
@@ -188,7 +261,7 @@ class Tiers:
             back = memory.get(key)
             memory.delete([key])
             return back == entry
-        await port.store(self.store, "set", key, self._at_rest.seal(encode(entry), key=key), 60.0)
+        await port.store(self.store, "set", key, self._sealed(key, entry), 60.0)
         value = await port.store(self.store, "get", key)
         await port.store(self.store, "delete", [key])
         return value is not None and self._opened(key, value) == entry
@@ -201,18 +274,52 @@ class Tiers:
         return dict(told) if isinstance(told, Mapping) else {}
 
     async def delete(self, port: Port, keys: Sequence[str]) -> int:
-        near = 0 if self.memory is None else self.memory.delete(keys)
+        if self.store is None:
+            assert self.memory is not None
+            return self.memory.delete(keys)
+        if self.near is not None:
+            self.near.drop(keys)
+        try:
+            return _count(await port.store(self.store, "delete", keys))
+        finally:
+            if self.near is not None:  # what came nearer while they were being removed
+                self.near.drop(keys)
+
+    async def count(self, port: Port, keys: Sequence[str]) -> int:
+        """How many of ``keys`` are there."""
+        distinct = list(dict.fromkeys(keys))
+        if self.store is None:
+            assert self.memory is not None
+            return sum(self.memory.get(key) is not None for key in distinct)
+        if hasattr(self.store, "mget") or hasattr(self.store, "amget"):
+            values = await port.store(self.store, "mget", distinct)
+            assert isinstance(values, list)
+        else:
+            values = [await port.store(self.store, "get", key) for key in distinct]
+        return sum(value is not None for value in values)
+
+    async def purge_expired(self, port: Port) -> int:
+        near = 0 if self.memory is None else self.memory.purge_expired()
         if self.store is None:
             return near
-        return _count(await port.store(self.store, "delete", keys))
+        able = hasattr(self.store, "purge_expired") or hasattr(self.store, "apurge_expired")
+        return _count(await port.store(self.store, "purge_expired")) if able else 0
 
     async def flush(self, port: Port, namespace: str) -> int:
-        near = 0 if self.memory is None else self.memory.flush(namespace)
         if self.store is None:
-            return near
-        return _count(await port.store(self.store, "flush", namespace))
+            assert self.memory is not None
+            return self.memory.flush(namespace)
+        if self.near is not None:
+            self.near.drop_all(namespace)
+        try:
+            return _count(await port.store(self.store, "flush", namespace))
+        finally:
+            if self.near is not None:
+                self.near.drop_all(namespace)
 
     async def close(self, port: Port) -> None:
+        if self.peers is not None:
+            self.peers.close()
         if self.store is not None:
             await port.store(self.store, "close")
 

@@ -137,12 +137,16 @@ _PRAGMAS: Final = (
 )
 
 
-def fetch_value(directory: Path, mode: object, filename: object, value: object) -> bytes:
-    """The value of a row; `CorruptEntryError` for one of any other kind than this module writes."""
+def fetch_value(
+    directory: Path, mode: object, filename: object, value: object, size: int | None = None
+) -> bytes:
+    """The value of a row, or its first ``size`` bytes; `CorruptEntryError` for one of any other kind than
+    this module writes."""
     if mode == _RAW and type(value) is bytes:
-        return value
+        return value[:size]
     if mode == _FILE and _is_value_file(filename):
-        return (directory / str(filename)).read_bytes()
+        with (directory / str(filename)).open("rb") as file:
+            return file.read(-1 if size is None else size)
     raise CorruptEntryError(f"a row of mode {mode!r} that this store did not write")
 
 

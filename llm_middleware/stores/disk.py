@@ -4,7 +4,8 @@ diskcache unpickles what it finds (CVE-2025-69872), so whoever may write to the 
 process that reads it. Here only ``bytes`` under ``str`` keys are written, and a row that says anything else
 is a `CorruptEntryError`: it is never opened, let alone unpickled, and never names a file elsewhere.
 
-Two handles per process, both shared by all threads and re-made after a fork:
+Two handles per process, both shared by all threads and re-made after a fork (a walk over the entries opens
+one of its own for each page, so that it holds up neither):
 
 * the *reader* never waits: not for a writer (SQLite's write-ahead log lets both work side by side) and not
   for a lock of any other kind, which it reports as `StoreError` at once. It creates and changes nothing.
@@ -17,22 +18,30 @@ own expiry follows the system's clock and serves to clear up.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import re
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
-from ..errors import ConfigError, CorruptEntryError, StoreError
+from ..errors import ConfigError, CorruptEntryError, InvalidRequestError, StoreError
 from ..types import Clock
 from ._diskcache import cache_type, connect, fetch_value
 
 __all__ = ["DiskStore"]
 
+Page: TypeAlias = tuple[str | None, list[tuple[str, bytes]]]
+
 _BATCH: Final = 256  # rows removed per transaction, so that other writers get their turn
 _DIGITS: Final = 65  # a key ends in ":" and 64 hex digits
+_PAGE: Final = 1000  # rows looked at per page
+_CURSOR: Final = re.compile(r"[0-9]{1,19}")
+_MOST: Final = 2**63  # no rowid is as large
+_ENTRY: Final = re.compile(r":[0-9a-f]{64}\Z")
 _ORPHAN_AGE: Final = 3600.0  # seconds; no writer takes that long from a value file to its row
 
 _READ: Final = "SELECT mode, filename, value, tag FROM Cache WHERE key = ? AND raw = 1"
@@ -41,6 +50,18 @@ _FIND: Final = "SELECT rowid, filename, tag FROM Cache WHERE key = ? AND raw = 1
 _IN_NAMESPACE: Final = (
     "SELECT rowid, filename, tag FROM Cache WHERE key >= ? || ':' AND key < ? || ';' AND raw = 1"
     f" AND substr(key, 1, length(key) - {_DIGITS}) = ? LIMIT {_BATCH}"
+)
+# Pages of rows rather than of what is looked for: a page takes the same time whatever else there is.
+_WINDOW: Final = f"SELECT rowid FROM Cache WHERE rowid > ? ORDER BY rowid LIMIT {_PAGE}"
+_HEADS: Final = (
+    "SELECT rowid, key, mode, filename, tag,"
+    " CASE WHEN length(value) > ? THEN substr(value, 1, ?) ELSE value END"
+    " FROM Cache NOT INDEXED WHERE rowid > ? AND rowid <= ? AND raw = 1"
+    " AND key >= ? || ':' AND key < ? || ';' ORDER BY rowid"
+)
+_OVER: Final = (
+    "SELECT rowid, filename, tag FROM Cache NOT INDEXED"
+    " WHERE rowid > ? AND rowid <= ? AND raw = 1 AND typeof(tag) = 'real' AND tag <= ?"
 )
 _OLDEST: Final = (
     "SELECT rowid, filename, COALESCE(size, 0) + COALESCE(LENGTH(value), 0) FROM Cache"
@@ -138,6 +159,32 @@ class DiskStore:
                 alive += counted
         return alive
 
+    def purge_expired(self) -> int:
+        """Remove every row whose time is over by this store's clock; how many. Looks at each row there is, in
+        batches, so that other writers get their turn: a failure half-way leaves the rest."""
+        removed, after, more = 0, 0, True
+        while more:
+            with self._walking() as reader:
+                last, more = _window(reader, after)
+            if last > after:
+                with self._writing() as cache:
+                    removed += self._take(cache, _OVER, after, last, self._clock())[0]
+            after = last
+        return removed
+
+    def heads(self, namespace: str, cursor: str | None, size: int) -> Page:
+        """The next page of exactly ``namespace``: its cursor, None at the end, and entries as (key, first
+        ``size`` bytes), each once. What is over, and what this store did not write, is left out.
+
+        Looks at a thousand rows, whosever they are, so it may be empty; waits ``timeout`` seconds for a lock.
+        ``cursor``: None to begin, else as the last page gave it; `InvalidRequestError` for any other.
+        """
+        after = 0 if cursor is None else _rowid(cursor)
+        with self._walking() as reader:
+            last, more = _window(reader, after)
+            heads = [] if reader is None else list(self._heads(reader, namespace, size, after, last))
+        return str(last) if more else None, heads
+
     def close(self) -> None:
         """Close this process's connections. The next call opens them again."""
         handles = self._mine()
@@ -165,11 +212,11 @@ class DiskStore:
                 handles.reader = self._open_reader()
             return [] if handles.reader is None else handles.reader.execute(_READ, (key,)).fetchall()
 
-    def _open_reader(self) -> sqlite3.Connection | None:
-        """A connection that cannot write and does not wait; None while there is nothing to read."""
+    def _open_reader(self, timeout: float = 0.0) -> sqlite3.Connection | None:
+        """A connection that cannot write, nor waits unless told; None while there is nothing to read."""
         if not self._database.exists():
             return None
-        reader = connect(f"{self._database.as_uri()}?mode=rw", timeout=0)
+        reader = connect(f"{self._database.as_uri()}?mode=rw", timeout=timeout)
         try:
             reader.execute("PRAGMA query_only = 1")
             if reader.execute("SELECT 1 FROM sqlite_master WHERE name = 'Cache'").fetchall():
@@ -179,6 +226,45 @@ class DiskStore:
             raise
         reader.close()
         return None
+
+    def _heads(
+        self,
+        reader: sqlite3.Connection,
+        namespace: str,
+        size: int,
+        after: int,
+        last: int,
+        missing: object = None,
+    ) -> Iterator[tuple[str, bytes]]:
+        """The heads of rows from ``after`` to ``last``. ``missing``: a value file known to be."""
+        rows = reader.execute(_HEADS, (size, size, after, last, namespace, namespace)).fetchall()
+        for rowid, key, mode, filename, expires, value in rows:
+            if not isinstance(key, str) or key[:-_DIGITS] != namespace or _ENTRY.search(key) is None:
+                continue
+            if not isinstance(expires, float | None) or not _is_alive(expires, self._clock()):
+                continue
+            try:
+                yield key, fetch_value(self.directory, mode, filename, value, size)
+            except CorruptEntryError:
+                continue
+            except FileNotFoundError:
+                if filename != missing:  # where it was replaced since, its row names another file
+                    yield from self._heads(reader, namespace, size, rowid - 1, rowid, filename)
+
+    @contextlib.contextmanager
+    def _walking(self) -> Iterator[sqlite3.Connection | None]:
+        """A reader for one page, which waits for locks and reads whatever text there is; None as there."""
+        reader = None
+        try:
+            reader = self._open_reader(self._timeout)
+            if reader is not None:
+                reader.text_factory = functools.partial(str, encoding="utf-8", errors="surrogateescape")
+            yield reader
+        except (sqlite3.Error, OSError) as exc:
+            raise StoreError(f"disk cache cannot be read: {exc}") from exc
+        finally:
+            if reader is not None:
+                reader.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Any]:
@@ -248,6 +334,18 @@ class _Handles:
 
 
 _INHERITED: Final[list[_Handles]] = []
+
+
+def _rowid(cursor: object) -> int:
+    if isinstance(cursor, str) and _CURSOR.fullmatch(cursor) and int(cursor) < _MOST:
+        return int(cursor)
+    raise InvalidRequestError("cursor: not one that this store gave", param="cursor")
+
+
+def _window(reader: sqlite3.Connection | None, after: int) -> tuple[int, bool]:
+    """The last of the next rows, and whether there may be more."""
+    rows = [] if reader is None else reader.execute(_WINDOW, (after,)).fetchall()
+    return rows[-1][0] if rows else after, len(rows) == _PAGE
 
 
 def _is_alive(expires: object, now: float) -> bool:

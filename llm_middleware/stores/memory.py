@@ -149,6 +149,15 @@ class MemoryStore(Generic[V]):
         with self._lock:
             return self._discard([key for key in self._table if key[:-_DIGITS] == namespace])
 
+    def purge_expired(self) -> int:
+        """Give back the memory of all entries that are over; how many. They go little by little anyway."""
+        now = self._clock()
+        with self._lock:
+            over = [node for node in self._table.values() if node <= now]
+            for node in over:
+                self._remove(node)
+        return len(over)
+
     def close(self) -> None:
         """Nothing to release: the entries go with the object."""
 

@@ -166,6 +166,10 @@ def close_sync_client(client: Any) -> None:
     client.close()
     for sentinel in _sentinels(client):
         sentinel.close()
+    # A Cluster's client leaves open the pools whose class it was told.
+    for node in client.get_nodes() if hasattr(client, "get_nodes") else ():
+        if node.redis_connection is not None:
+            node.redis_connection.connection_pool.disconnect()
 
 
 async def close_async_client(client: Any) -> None:

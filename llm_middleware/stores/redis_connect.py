@@ -23,7 +23,7 @@ from typing import Any, Final, NoReturn
 
 from ..errors import CorruptEntryError, LLMMiddlewareError, StoreError
 from .redis_clients import async_client, client_arguments, close_async_client, close_sync_client, sync_client
-from .redis_credentials import FetchToken, TokenSource, credential_provider, fetch_google_token
+from .redis_credentials import FetchToken, TokenSource, credential_provider, token_source
 from .redis_deadline import Turns, begin, end, waiting_for
 from .redis_settings import RedisSettings, read_settings
 
@@ -39,8 +39,8 @@ class RedisConnection:
     """How to reach one Redis, and this process's clients for it.
 
     ``settings`` are a `RedisSettings`; most callers use `from_settings`. ``budget``: seconds that one
-    operation may take in all, unless ``socket_timeout`` is among the settings. ``fetch_token``: for
-    ``gcp_service_account``, from an account to its token and when that expires (seconds since the epoch).
+    operation may take in all, unless ``socket_timeout`` is among the settings. ``fetch_token``: from an
+    account to its token and when that expires (seconds since the epoch); unless given, by the settings.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class RedisConnection:
         settings: RedisSettings,
         *,
         budget: float = _BUDGET,
-        fetch_token: FetchToken = fetch_google_token,
+        fetch_token: FetchToken | None = None,
     ) -> None:
         self.settings = settings
         self.budget = float(settings.arguments.get("socket_timeout", budget))
@@ -63,7 +63,7 @@ class RedisConnection:
         environ: Mapping[str, str] | None = None,
         *,
         budget: float = _BUDGET,
-        fetch_token: FetchToken = fetch_google_token,
+        fetch_token: FetchToken | None = None,
     ) -> RedisConnection:
         """From arguments and ``REDIS_*`` variables (of ``os.environ`` unless ``environ`` is given).
 
@@ -107,21 +107,25 @@ class RedisConnection:
         return _AsyncUse(self, self.budget if seconds is None else seconds)
 
     def close(self) -> None:
-        """Close this process's sync client. The next operation makes another."""
+        """Close this process's clients: the sync one now, that of each event loop on its loop, when what is
+        under way there has ended. Waits for no loop. The next operation makes another client.
+
+        Whoever drops a connection while a loop runs on must call this or `aclose`: the loop holds its client.
+        """
         process = self.mine()
+        for other in process.leave():
+            other.close_soon()
         with process.making:
             client, process.client = process.client, None
         if client is not None:
             close_sync_client(client)
 
     async def aclose(self) -> None:
-        """Close the running event loop's client. The next operation makes another.
-
-        Whoever drops a connection while its loop runs on must call this: the loop holds the client.
-        """
-        ours = self.mine().leave()
+        """`close`, and wait for the running event loop's client to be closed."""
+        ours = self.mine().leave_here()
+        self.close()
         if ours is not None:
-            await ours.guard.aclose()
+            await ours.close()
 
     def describe(self) -> dict[str, object]:
         """Where this connects to and as whom, with no secret: for logs and health checks."""
@@ -174,7 +178,8 @@ class RedisConnection:
         message = f"redis at {', '.join(self._addresses())}: {masked}"
         # Bytes of another kind under our key are damage to one entry, not a failure of the store.
         damaged = isinstance(exc, ResponseError) and "WRONGTYPE" in text
-        error = CorruptEntryError(message) if damaged else StoreError(message)
+        code = "store_refused" if isinstance(exc, ResponseError) else None
+        error = CorruptEntryError(message) if damaged else StoreError(message, code=code)
         raise error from (exc if masked == text else None)
 
 
@@ -225,11 +230,12 @@ class _AsyncUse:
     async def __aenter__(self) -> Any:
         try:
             process = self._connection.mine()
-            self._ours = process.here()
             self._timeout = await asyncio.timeout(self._seconds).__aenter__()
             try:
                 if process.tokens is not None:
                     await process.tokens.await_()
+                # No wait between these two: who closes the client waits for those in the queue for it.
+                self._ours = process.here()
                 await self._ours.turns.acquire()
             except BaseException as exc:
                 await self._timeout.__aexit__(type(exc), exc, exc.__traceback__)
@@ -261,16 +267,13 @@ class _Process:
         self.making = threading.Lock()
         self.turns = Turns(connection.max_connections)
         self.client: Any = None
-        self.tokens: TokenSource | None = None
-        if connection.settings.gcp_service_account is not None:
-            self.tokens = TokenSource(connection.fetch_token, connection.settings.gcp_service_account)
+        self.tokens: TokenSource | None = token_source(connection.settings, connection.fetch_token)
         self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
         self._joining = threading.Lock()
 
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
-        username = self.settings.arguments.get("username")
-        provider = None if self.tokens is None else credential_provider(self.tokens, username)
+        provider = None if self.tokens is None else credential_provider(self.tokens, self.settings)
         return client_arguments(self.settings, self.budget, self.max_connections, provider)
 
     def here(self) -> _Loop:
@@ -278,14 +281,22 @@ class _Process:
         loop = asyncio.get_running_loop()
         ours = self._loops.get(loop)
         if ours is None:
-            ours = _Loop(loop, async_client(self.settings, self.arguments), self.max_connections)
+            ours = _Loop(loop, async_client(self.settings, self.arguments), self)
             with self._joining:
                 for other in [other for other in self._loops if other.is_closed()]:
                     del self._loops[other]
                 self._loops[loop] = ours
         return ours
 
-    def leave(self) -> _Loop | None:
+    def leave(self) -> list[_Loop]:
+        """What every event loop had."""
+        with self._joining:
+            left = list(self._loops.values())
+            self._loops.clear()
+        return left
+
+    def leave_here(self) -> _Loop | None:
+        """What the running event loop had."""
         with self._joining:
             return self._loops.pop(asyncio.get_running_loop(), None)
 
@@ -293,24 +304,72 @@ class _Process:
 class _Loop:
     """One event loop's client, and the turns at it."""
 
-    __slots__ = ("client", "guard", "loop", "turns")
+    __slots__ = ("_all", "_closed", "_closing", "_ended", "_patience", "client", "guard", "loop", "turns")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, client: Any, max_connections: int) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: Any, process: _Process) -> None:
         self.loop = loop
         self.client = client
-        self.turns = asyncio.Semaphore(max_connections)
+        self.turns = asyncio.Semaphore(process.max_connections)
+        self._all = process.max_connections
+        self._patience = process.budget
+        self._closing: asyncio.Task[Any] | None = None
+        self._closed = self._ended = False
         # A loop that ends closes the asynchronous generators begun on it, and so this client. It is held
         # until then: for one that the garbage collector found first, that may come too late.
-        self.guard = self._closing()
+        self.guard = self._guarding()
         with contextlib.suppress(StopIteration):
             self.guard.__anext__().send(None)  # begins it without a wait
-        for other in [other for other in _OPEN if other.loop.is_closed()]:
+        for other in [other for other in list(_OPEN) if other.loop.is_closed()]:
             _OPEN.discard(other)
         _OPEN.add(self)
 
-    async def _closing(self) -> AsyncGenerator[None, None]:
+    def close_soon(self) -> None:
+        """Have the loop `close` this; from any thread. A loop that has ended has done so already."""
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self._begin_closing)
+
+    def _begin_closing(self) -> None:
+        if not self._ended:
+            self._closing = self.loop.create_task(self.close())
+            self._closing.add_done_callback(_seen)
+
+    async def close(self) -> None:
+        """Close the client once those who have or await a turn are done, at most a budget from now."""
+        self._closing = asyncio.current_task()
+        try:
+            await self._take_all_turns()
+        finally:
+            try:
+                await close_async_client(self.client)
+                self._closed = True
+            finally:
+                if not self._ended:
+                    await self.guard.aclose()
+
+    async def _take_all_turns(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._patience):
+                for _ in range(self._all):
+                    await self.turns.acquire()
+
+    async def _guarding(self) -> AsyncGenerator[None, None]:
         try:
             yield
         finally:
+            self._ended = True
             _OPEN.discard(self)
+            if not self._closed:
+                await self._close_at_the_end()
+
+    async def _close_at_the_end(self) -> None:
+        closing = self._closing
+        if closing is not None and closing is not asyncio.current_task():
+            await asyncio.wait([closing])  # a loop that ends must leave no task behind
+        if not self._closed:
             await close_async_client(self.client)
+
+
+def _seen(task: asyncio.Task[Any]) -> None:
+    """A failure to close is nobody's concern: the client is gone either way."""
+    if not task.cancelled():
+        task.exception()

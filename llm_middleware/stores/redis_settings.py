@@ -20,8 +20,9 @@ from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 from ..errors import ConfigError
+from .redis_credentials import AwsIam, EntraId, read_aws_iam, read_entra_id
 
-__all__ = ["Node", "RedisSettings", "read_settings"]
+__all__ = ["COMMON_NAMES", "Node", "RedisSettings", "known_names", "read_settings"]
 
 Node = tuple[str, int]
 Topology = Literal["standalone", "cluster", "sentinel"]
@@ -41,9 +42,58 @@ _OWN: Final = (
     "sentinel_password",
     "gcp_service_account",
     "gcp_ssl_ca_certs",
+    "aws_iam_auth",
+    "aws_iam_user_name",
+    "aws_iam_cache_name",
+    "aws_iam_region",
+    "aws_iam_serverless",
+    "azure_redis_ad_token",
+    "azure_client_id",
+    "azure_tenant_id",
+    "azure_client_secret",
 )
-_VARIABLES: Final = {"redis_startup_nodes": "REDIS_CLUSTER_NODES"}
-_SECRET: Final = frozenset({"password", "sentinel_password", "ssl_password", "url"})
+_SWITCHES: Final = frozenset({"aws_iam_auth", "aws_iam_serverless", "azure_redis_ad_token"})
+# Who vouches for this process instead of a password. One of them at most.
+_IDENTITIES: Final = ("gcp_service_account", "aws_iam_auth", "azure_redis_ad_token")
+COMMON_NAMES: Final = frozenset(
+    [
+        *_OWN,
+        "host",
+        "port",
+        "db",
+        "username",
+        "password",
+        "unix_socket_path",
+        "max_connections",
+        "socket_timeout",
+        "socket_connect_timeout",
+        "socket_keepalive",
+        "health_check_interval",
+        "client_name",
+        "protocol",
+        "ssl",
+        "ssl_ca_certs",
+        "ssl_ca_data",
+        "ssl_ca_path",
+        "ssl_cert_reqs",
+        "ssl_certfile",
+        "ssl_check_hostname",
+        "ssl_ciphers",
+        "ssl_keyfile",
+        "ssl_min_version",
+        "ssl_password",
+    ]
+)
+"""The names of settings that mean a Redis even where redis-py, which knows more, is not installed."""
+_VARIABLES: Final = {
+    "redis_startup_nodes": ("REDIS_CLUSTER_NODES",),
+    "aws_iam_region": ("REDIS_AWS_IAM_REGION", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "azure_redis_ad_token": ("REDIS_AZURE_AD_TOKEN",),
+    "azure_client_id": ("AZURE_CLIENT_ID",),
+    "azure_tenant_id": ("AZURE_TENANT_ID",),
+    "azure_client_secret": ("AZURE_CLIENT_SECRET",),
+}
+_SECRET: Final = frozenset({"password", "sentinel_password", "ssl_password", "url", "azure_client_secret"})
 # The store speaks bytes, over pools of its own: these are not for the caller to set.
 _FIXED: Final = frozenset(
     [
@@ -73,12 +123,20 @@ class RedisSettings:
     sentinel_username: str | None = None
     sentinel_password: str | None = field(default=None, repr=False)
     gcp_service_account: str | None = None
+    aws_iam: AwsIam | None = None
+    entra_id: EntraId | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def secrets(self) -> list[str]:
         """The strings that no message may hold."""
         found = [self.sentinel_password, self.arguments.get("password"), self.arguments.get("ssl_password")]
+        found += [self.entra_id.secret] if self.entra_id is not None else []
         return [secret for secret in found if isinstance(secret, str) and secret]
+
+
+def known_names() -> tuple[str, ...]:
+    """Every name that `read_settings` knows. `ConfigError` where redis-py is missing."""
+    return (*_OWN, *_argument_kinds())
 
 
 def read_settings(mapping: Mapping[str, object], environ: Mapping[str, str]) -> RedisSettings:
@@ -108,6 +166,9 @@ def _settings(address: str, values: Mapping[str, Any]) -> RedisSettings:
         arguments = {name: v for name, v in arguments.items() if name not in ("host", "port")}
     if address != "unix_socket_path" and address != "url":
         arguments.pop("unix_socket_path", None)
+    aws_iam = read_aws_iam(values)
+    if aws_iam is not None:
+        arguments["username"] = aws_iam.user
     return RedisSettings(
         topology=_TOPOLOGIES.get(address, "standalone"),
         nodes=values.get(address, ()) if address in _TOPOLOGIES else (),
@@ -115,6 +176,8 @@ def _settings(address: str, values: Mapping[str, Any]) -> RedisSettings:
         sentinel_username=values.get("sentinel_username"),
         sentinel_password=values.get("sentinel_password"),
         gcp_service_account=values.get("gcp_service_account"),
+        aws_iam=aws_iam,
+        entra_id=read_entra_id(values),
         arguments=MappingProxyType(arguments),
     )
 
@@ -143,8 +206,11 @@ def _check_together(address: str, explicit: Mapping[str, object], values: Mappin
         raise ConfigError("service_name needs sentinel_nodes", param="sentinel_nodes")
     if address == "redis_startup_nodes" and values.get("db"):
         raise ConfigError("a Redis Cluster has no database but 0", param="db")
-    if "gcp_service_account" in values and ("password" in explicit or "credential_provider" in explicit):
-        raise ConfigError("gcp_service_account and password exclude each other", param="gcp_service_account")
+    identities = [name for name in _IDENTITIES if values.get(name)]
+    if len(identities) > 1:
+        raise ConfigError(f"{identities[0]} and {identities[1]} exclude each other", param=identities[1])
+    if identities and ("password" in explicit or "credential_provider" in explicit):
+        raise ConfigError(f"{identities[0]} and password exclude each other", param=identities[0])
     if "credential_provider" in values and "password" in explicit:
         raise ConfigError("credential_provider and password exclude each other", param="password")
 
@@ -152,12 +218,13 @@ def _check_together(address: str, explicit: Mapping[str, object], values: Mappin
 def _variables(environ: Mapping[str, str]) -> dict[str, str]:
     """What the environment says, by setting; empty variables count as unset."""
     texts = [*_OWN, *(name for name, kind in _argument_kinds().items() if kind and name not in _FIXED)]
-    found = {name: environ.get(_variable(name), "") for name in texts}
-    return {name: text for name, text in found.items() if text.strip()}
+    found = {name: [environ.get(variable, "") for variable in _variables_of(name)] for name in texts}
+    filled = {name: [text for text in texts if text.strip()] for name, texts in found.items()}
+    return {name: texts[0] for name, texts in filled.items() if texts}
 
 
-def _variable(name: str) -> str:
-    return _VARIABLES.get(name, f"REDIS_{name.upper()}")
+def _variables_of(name: str) -> tuple[str, ...]:
+    return _VARIABLES.get(name, (f"REDIS_{name.upper()}",))
 
 
 def _parse_url(url: object) -> dict[str, object]:
@@ -202,19 +269,25 @@ def _convert(name: str, value: object) -> Any:
             return _nodes(value)
         if name == "ssl_cert_reqs":
             return _cert_reqs(value)
-        kind = str if name in _OWN else _argument_kinds().get(name)
+        kind = _kind_of(name)
         if not isinstance(value, str) or kind is None or kind is str:
             return _checked(value, kind)
         return kind(value.strip().rpartition("//")[2].rpartition(":")[2] if name == "port" else value.strip())
     except (ValueError, TypeError, KeyError, AttributeError):
         shown = "..." if name in _SECRET else repr(value)
         expected = _EXPECTED.get(name) or _EXPECTED.get(_name_of_kind(name), "a value it can have")
-        message = f"{name} (or {_variable(name)} in the environment): {shown} is not {expected}"
+        message = f"{name} (or {_variables_of(name)[0]} in the environment): {shown} is not {expected}"
         raise ConfigError(message, param=name) from None
 
 
+def _kind_of(name: str) -> Callable[[str], Any] | None:
+    if name in _SWITCHES:
+        return _boolean
+    return str if name in _OWN else _argument_kinds().get(name)
+
+
 def _name_of_kind(name: str) -> str:
-    return getattr(_argument_kinds().get(name), "__name__", "str")
+    return getattr(_kind_of(name), "__name__", "str")
 
 
 def _checked(value: object, kind: Callable[[str], Any] | None) -> object:

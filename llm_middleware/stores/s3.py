@@ -15,14 +15,16 @@ import contextlib
 import functools
 import math
 import os
+import re
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
-from typing import Any, Final, TypeVar
-from urllib.parse import quote, urlsplit
+from dataclasses import fields
+from typing import Any, Final, TypeAlias, TypeVar
+from urllib.parse import quote
 
-from ..errors import ConfigError, CorruptEntryError, StoreError
+from ..errors import CorruptEntryError, InvalidRequestError, StoreError
 from ..types import Clock
 from .s3_fast import (
     Clients,
@@ -30,52 +32,22 @@ from .s3_fast import (
     Found,
     check_names,
     client_config,
+    read_head,
     read_object,
     translated,
     unless_missing,
 )
+from .s3_settings import S3Settings
 
 __all__ = ["S3Settings", "S3Store"]
 
 T = TypeVar("T")
+Page: TypeAlias = tuple[str | None, list[tuple[str, bytes]]]
 
 _EXPIRES: Final = "llm-expires"
 _LAST_DATE: Final = 253_402_300_799.0  # the last second of the year 9999, as far as HTTP dates go
 _PAGE: Final = 1000  # objects per request: the most that S3 lists or removes in one
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class S3Settings:
-    """The settings of an `S3Store`; text as an environment has it (``"false"``, ``"0.5"``) will do.
-
-    ``s3_path``: the prefix of all object keys. ``s3_verify``: False, or a file of the certificates to trust.
-    ``s3_config``: arguments of ``botocore.config.Config``. Credentials that are not given, boto3 finds where
-    it always does. ``timeout``: seconds to connect, to wait for an answer, and in all for one object.
-    ``threads``: the size of the async methods' pool. ``client``: what reads, ``boto3``, ``obstore`` or
-    ``auto``: obstore where it is installed and can do what the settings say.
-    """
-
-    s3_bucket_name: str = ""
-    s3_region_name: str | None = None
-    s3_api_version: str | None = None
-    s3_path: str = ""
-    s3_use_ssl: bool = True
-    s3_verify: bool | str | None = None
-    s3_endpoint_url: str | None = None
-    s3_aws_access_key_id: str | None = field(default=None, repr=False)
-    s3_aws_secret_access_key: str | None = field(default=None, repr=False)
-    s3_aws_session_token: str | None = field(default=None, repr=False)
-    s3_config: Mapping[str, object] = field(default_factory=dict, repr=False)
-    timeout: float = 0.25
-    threads: int = 16
-    client: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name, (expected, parse) in _CHECKS.items():
-            try:
-                object.__setattr__(self, name, parse(getattr(self, name)))
-            except (LookupError, TypeError, ValueError):  # the value is not shown: it may be a secret
-                raise ConfigError(f"{name}: expected {expected}", param=name) from None
+_DIGITS: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class S3Store:
@@ -149,6 +121,28 @@ class S3Store:
         there is. One that is replaced at this very moment may be lost, and is then a miss."""
         return _swept(self._purge_page)
 
+    def heads(self, namespace: str, cursor: str | None, size: int) -> Page:
+        """The next page of exactly ``namespace``: its cursor, None at the end, and entries as (key, first
+        ``size`` bytes). What is over, and what this store did not write, is left out.
+
+        Up to a thousand objects: a request to list them, and one for each (two where it is empty), as many at
+        a time as there are ``threads``. ``cursor``: None to begin, else as the last page gave it;
+        `InvalidRequestError` for any other.
+        """
+        folder = self._folder(namespace)
+        token = None if cursor is None else _token(folder, cursor)
+        client, _ = self._clients(bulk=True)
+        names, following = self._page(client, token, Prefix=folder, Delimiter="/")
+        own = [name for name in names if _DIGITS.fullmatch(name, len(folder))]
+        found = self._each(lambda name: read_head(client, self._bucket, name, size), own)
+        now = self._clock()
+        heads = [
+            (f"{namespace}:{name[len(folder) :]}", head[0])
+            for name, head in zip(own, found, strict=True)
+            if head is not None and _expires(head[1]) > now
+        ]
+        return None if following is None else _seal(folder, following) + following, heads
+
     def ping(self) -> dict[str, object]:
         """List at most one object: ``latency_ms``, and what is known of the connection, without secrets."""
         client, fast = self._clients()
@@ -191,6 +185,9 @@ class S3Store:
     async def apurge_expired(self) -> int:
         """`purge_expired`, awaited; where the caller is cancelled it ends with the page under way."""
         return await self._aswept(self._purge_page)
+
+    async def aheads(self, namespace: str, cursor: str | None, size: int) -> Page:
+        return await self._pooled(self.heads, namespace, cursor, size, budget=False)
 
     async def aping(self) -> dict[str, object]:
         return await self._pooled(self.ping)
@@ -252,10 +249,14 @@ class S3Store:
             return None if found is None else _expires(found["Metadata"])
 
         with translated("head"):
-            if len(names) < 2:
-                return [ask(name) for name in names]
-            with ThreadPoolExecutor(min(len(names), self.settings.threads)) as pool:
-                return list(pool.map(ask, names))
+            return self._each(ask, names)
+
+    def _each(self, ask: Callable[[str], T], names: Sequence[str]) -> list[T]:
+        """``ask`` for each name, in as many threads as the settings allow."""
+        if len(names) < 2:
+            return [ask(name) for name in names]
+        with ThreadPoolExecutor(min(len(names), self.settings.threads)) as pool:
+            return list(pool.map(ask, names))
 
     def _remove(self, client: Any, names: Sequence[str]) -> int:
         """Remove objects by name, whether they are there or not."""
@@ -296,6 +297,18 @@ class S3Store:
         return count
 
 
+def _seal(folder: str, token: str) -> str:
+    """Eight digits before a token, for it to be known again: some servers take what is none for one."""
+    return f"{zlib.crc32((folder + token).encode('utf-8', 'surrogatepass')):08x}"
+
+
+def _token(folder: str, cursor: object) -> str:
+    token = cursor[8:] if isinstance(cursor, str) else ""
+    if not token or cursor != _seal(folder, token) + token:
+        raise InvalidRequestError("cursor: not one that this store gave for this namespace", param="cursor")
+    return token
+
+
 _INHERITED: Final[list[Clients]] = []
 _Step = Callable[[str | None], tuple[int, str | None]]
 
@@ -324,74 +337,3 @@ def _swept(step: _Step) -> int:
         more, token = step(token)
         count += more
     return count
-
-
-def _text(value: object) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
-
-
-def _optional(parse: Callable[[object], T]) -> Callable[[object], T | None]:
-    return lambda value: None if value is None else parse(value)
-
-
-def _path(value: object) -> str:
-    parts = [part for part in _text(value).split("/") if part] if value else []
-    if "." in parts or ".." in parts:  # clients disagree on what these mean
-        raise ValueError
-    return "/".join(parts)
-
-
-def _flag(value: object) -> bool:
-    return value if isinstance(value, bool) else {"true": True, "false": False}[_text(value).lower()]
-
-
-def _verify(value: object) -> bool | str:
-    return _flag(value) if str(value).lower() in ("true", "false") else _text(str(value))
-
-
-def _url(value: object) -> str:
-    parts = urlsplit(_text(value))
-    if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
-        raise ValueError
-    return parts.geturl()
-
-
-def _seconds(value: object) -> float:
-    seconds = float(value)  # type: ignore[arg-type]  # TypeError is what is wanted
-    if not 0 < seconds < math.inf or isinstance(value, bool):
-        raise ValueError
-    return seconds
-
-
-def _threads(value: object) -> int:
-    if isinstance(value, (bool, float)) or not 0 < int(value) < 1000:  # type: ignore[call-overload]
-        raise ValueError
-    return int(value)  # type: ignore[call-overload, no-any-return]
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return dict(value or {})  # type: ignore[call-overload, no-any-return]
-
-
-_CLIENTS: Final[Mapping[object, str]] = {name: name for name in ("auto", "boto3", "obstore")}
-_TEXTS: Final = (
-    "region_name",
-    "api_version",
-    "aws_access_key_id",
-    "aws_secret_access_key",
-    "aws_session_token",
-)
-_CHECKS: Final[Mapping[str, tuple[str, Callable[[object], object]]]] = {
-    "s3_bucket_name": ("the name of a bucket", _text),
-    **{f"s3_{name}": ("text that is not empty, or None", _optional(_text)) for name in _TEXTS},
-    "s3_path": ("a prefix without '.' and '..' in it", _path),
-    "s3_use_ssl": ("True or False", _flag),
-    "s3_verify": ("True, False or a file of certificates", _optional(_verify)),
-    "s3_endpoint_url": ("an http or https URL without credentials", _optional(_url)),
-    "s3_config": ("a mapping of botocore's settings", _mapping),
-    "timeout": ("seconds > 0", _seconds),
-    "threads": ("a number of threads > 0", _threads),
-    "client": ("'auto', 'boto3' or 'obstore'", _CLIENTS.__getitem__),
-}

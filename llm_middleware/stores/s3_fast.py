@@ -23,12 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ConfigError, StoreError
+from ..errors import ConfigError, LLMMiddlewareError, StoreError
 
 if TYPE_CHECKING:
     from obstore.store import S3Store as ObjectStore
 
-    from .s3 import S3Settings
+    from .s3_settings import S3Settings
 
 __all__ = [
     "Clients",
@@ -36,6 +36,7 @@ __all__ = [
     "Found",
     "check_names",
     "client_config",
+    "read_head",
     "read_object",
     "translated",
     "unless_missing",
@@ -47,6 +48,7 @@ Found = tuple[bytes, Mapping[str, str]]
 _BULK_TIMEOUT: Final = 30.0  # seconds; no server removes a thousand objects in the time of one read
 _CHUNK: Final = 2**14
 _MISSING: Final = frozenset({"NoSuchKey", "http_404"})  # the latter where there is no body, as of HEAD
+_NO_RANGE: Final = frozenset({"InvalidRange", "http_416"})  # of an empty object, not even its first byte
 _S3_CODE: Final = re.compile(r"<Code>(\w+)</Code>")
 _HTTP_STATUS: Final = re.compile(r"status code: (\d+)")
 _BUCKET: Final = re.compile(r"[a-z0-9.-]+(?<!--x-s3)")
@@ -100,12 +102,23 @@ class Clients:
                 client.close()
 
 
-def read_object(client: Any, bucket: str, timeout: float, name: str) -> Found | None:
+def read_object(client: Any, bucket: str, timeout: float, name: str, **options: str) -> Found | None:
     """The object ``name`` by boto3, or None where there is none, within some ``timeout`` seconds in all."""
     deadline = time.monotonic() + timeout
     with translated("get"):
-        answer = unless_missing(client.get_object, Bucket=bucket, Key=name)
+        answer = unless_missing(client.get_object, Bucket=bucket, Key=name, **options)
         return None if answer is None else (_body(answer["Body"], deadline), answer["Metadata"])
+
+
+def read_head(client: Any, bucket: str, name: str, size: int) -> Found | None:
+    """The object ``name``, no more than its first ``size`` bytes, with the patience for work on many."""
+    try:
+        found = read_object(client, bucket, _BULK_TIMEOUT, name, Range=f"bytes=0-{max(size, 1) - 1}")
+    except StoreError as exc:
+        if exc.code not in _NO_RANGE:
+            raise
+        found = read_object(client, bucket, _BULK_TIMEOUT, name)
+    return None if found is None else (found[0][:size], found[1])
 
 
 def _body(stream: Any, deadline: float) -> bytes:
@@ -334,7 +347,7 @@ def translated(operation: str) -> Iterator[None]:
     """Whatever goes wrong inside is a `StoreError` with a code."""
     try:
         yield
-    except (ConfigError, StoreError):
+    except LLMMiddlewareError:
         raise
     except Exception as exc:
         code = _error_code(exc)

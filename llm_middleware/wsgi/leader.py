@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from .._drive import iter_sync, run_sync
 from .._ports.sync import SyncPort
 from ..caching import headers as http
-from ..caching.answer import CacheInfo
 from ..caching.fastlane import is_failure
 from ..caching.flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead
 from ..caching.keeper import Recorded
@@ -159,11 +158,7 @@ class Leader:
     def _fall_back(self) -> Iterable[bytes]:
         found = self.fallback
         assert found is not None
-        self.flow.flights.land(self.flight)
-        self.flight.begin(Head(found.status, found.headers, found.chunks is not None))
-        for chunk in [found.body] if found.chunks is None else found.chunks:
-            self.flight.push(chunk)
-        self.flight.end(DONE)
+        self.flow.flights.land_with(self.flight, found)
         return self.exchange.found(self.plan, found)
 
     def _plain(self, body: bytes) -> Iterable[bytes]:
@@ -198,7 +193,7 @@ class Leader:
     def _stream(self, first: bytes) -> Iterable[bytes]:
         started, exchange, flight = self.started, self.exchange, self.flight
         detail = None if started.code == 200 else "upstream-error"
-        info = CacheInfo("miss", self.plan.digest, detail, "miss" if self.plan.lookup else "request")
+        info = self.plan.miss(detail)
         self.flow.tell(self.plan, info)
         encoded = http.content_encoding(started.headers)
         flight.vary = None if encoded else http.varies(started.headers, exchange.header)

@@ -550,13 +550,12 @@ def test_what_a_store_holds_that_is_not_ours_is_a_miss(ask, face):
     (key,) = shelf.values
     good = shelf.values[key]
     planted = pickle.dumps(completion())
-    for number, bad in enumerate(
-        [b"", b"LLMC", planted, good[:-1], good + b"x", good[:9] + bytes([good[9] ^ 1]) + good[10:]], 2
-    ):
+    flipped = [good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :] for at in (0, 5, 9, 20, 60)]
+    for number, bad in enumerate([b"", b"LLMC", planted, good[:-1], good + b"x", *flipped], 2):
         shelf.values[key] = bad
         assert ask(cache) == ("miss", f"answer {number}")
         assert ask(cache) == ("hit", f"answer {number}")
-    assert cache.stats()["store-error"] == 6
+    assert cache.stats()["store-error"] == 10
 
 
 @pytest.mark.parametrize("bad", ["text", 5, {"a": 1}, [b"x"], memoryview(b"x")])

@@ -283,6 +283,9 @@ class TestLocks:
                 store.delete([key(1)])
             with pytest.raises(StoreError):
                 store.flush("llm")
+            with pytest.raises(StoreError):
+                store.purge_expired()
+            assert store.heads("llm", None, 4) == (None, [(key(1), b"inli"), (key(2), bytes(4))])
             assert not released.is_set()
         assert len(value_files(directory)) == 1  # a write that came to nothing leaves nothing
         store.set(key(1), b"new", 60)
@@ -411,6 +414,54 @@ class TestSize:
         assert not (directory / "bb/bb" / ("bb" * 14 + ".val")).exists()
         assert (directory / "aa/aa" / ("aa" * 14 + ".val")).exists()
         assert store.get(key(1)) == bytes(LARGE)
+
+
+class TestPurge:
+    """What is over by the store's own clock, and nothing else."""
+
+    def test_rows_and_files_go(self, directory: Path) -> None:
+        clock = ContractClock()
+        store = DiskStore(directory, timeout=5, clock=clock)
+        for number, ttl in enumerate((10, 10.5, None, 100, 10)):
+            store.set(key(number), bytes(LARGE) if number < 4 else b"small", ttl)
+        store.set(key(5, "other"), b"other", 10)
+        assert store.purge_expired() == 0
+        clock.advance(10)
+        assert store.purge_expired() == 3
+        assert store.purge_expired() == 0
+        with database(directory) as connection:
+            assert connection.execute("SELECT key FROM Cache").fetchall() == [(key(1),), (key(2),), (key(3),)]
+        assert len(value_files(directory)) == 3
+        clock.advance(0.5)
+        assert store.purge_expired() == 1
+        assert [store.get(key(number)) for number in (1, 2, 3)] == [None, bytes(LARGE), bytes(LARGE)]
+        store.close()
+
+    def test_many(self, directory: Path) -> None:
+        """More than a page of rows, some pages with nothing in them that is over."""
+        clock = ContractClock()
+        store = DiskStore(directory, timeout=5, clock=clock)
+        for number in range(2500):
+            store.set(key(number), b"value", 10 if number < 900 or number % 100 == 0 else 100)
+        clock.advance(10)
+        assert store.purge_expired() == 900 + 16
+        with database(directory) as connection:
+            assert connection.execute("SELECT COUNT(*) FROM Cache").fetchall() == [(2500 - 916,)]
+        assert store.flush("llm") == 2500 - 916
+        store.close()
+
+    def test_rows_that_this_store_did_not_write_stay(self, directory: Path, store: DiskStore) -> None:
+        for number in range(3):
+            store.set(key(number), b"value", 60)
+        with database(directory) as connection:
+            connection.execute("UPDATE Cache SET tag = 'yesterday' WHERE key = ?", (key(0),))
+            connection.execute("UPDATE Cache SET tag = 1 WHERE key = ?", (key(1),))
+            connection.execute("UPDATE Cache SET tag = 1.0, raw = 0 WHERE key = ?", (key(2),))
+        assert store.purge_expired() == 0
+
+    def test_nothing_is_made_where_there_is_nothing(self, directory: Path, store: DiskStore) -> None:
+        assert store.purge_expired() == 0
+        assert not directory.exists()
 
 
 def tables(directory: Path) -> int:

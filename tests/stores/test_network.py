@@ -8,7 +8,7 @@ import pytest
 
 from llm_middleware import CacheManager, ConfigError
 from tests.services import RedisServer, redis_server
-from tests.support import completion
+from tests.support import chat_stream, completion
 
 BODY = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
@@ -24,6 +24,8 @@ def manager(server: RedisServer, face) -> Iterator:
     made: list[CacheManager] = []
 
     def make(**settings: object) -> CacheManager:
+        # A busy machine may take longer than the default budget, which is not what is tested here.
+        settings = {"store_timeout": 10, **settings}
         made.append(CacheManager("redis", host="127.0.0.1", port=server.port, **settings))
         return made[-1]
 
@@ -89,9 +91,82 @@ def test_entries_lie_compressed_and_encrypted(manager, face, server: RedisServer
     assert stranger.stats()["store-error"] == 1
 
 
+def test_a_scope_without_its_key_is_unreadable_and_others_are_not(manager, face) -> None:
+    namespace = f"scopes-{face.name}"
+    keys = {"alice": bytes(32), "bob": bytes([1]) * 32}
+    writer = manager(namespace=namespace, encryption_key=keys)
+    for scope in keys:
+        assert face.set(writer, BODY, completion(scope), scope=scope) is not None
+    # Whoever has no key has no entry.
+    assert face.set(writer, BODY, completion("eve"), scope="eve") is None
+    reader = manager(namespace=namespace, encryption_key={"bob": keys["bob"]})
+    assert face.get(reader, BODY, scope="alice") is None
+    assert face.get(reader, BODY, scope="bob").json() == completion("bob")
+
+
+def test_c65_c76_writes_in_batches_through_the_manager(manager, face, server: RedisServer, when) -> None:
+    namespace = f"c65-{face.name}"
+    writer = manager(
+        namespace=namespace, redis_flush_size=10, redis_flush_interval=3600, memory_tier=False, ttl_jitter=0
+    )
+    reader = manager(namespace=namespace, memory_tier=False)
+    before = server.calls().get("set", 0)
+    bodies = [{**BODY, "seed": number} for number in range(25)]
+    for number, body in enumerate(bodies):
+        face.set(writer, body, completion(str(number)), controls={"ttl": 1000 + number})
+        assert face.get(writer, body).json() == completion(str(number))
+    when(lambda: server.calls().get("set", 0) - before > 25 - 10)
+    face.do(writer, "close")
+    writer.close()
+    assert server.calls()["set"] - before == 25
+    for number, body in enumerate(bodies):
+        assert face.get(reader, body).json() == completion(str(number))
+    lives = {round(server.ask("PTTL", key) / 1e3) for key in server.ask("KEYS", f"{namespace}:*")}
+    assert max(lives) <= 1024
+    assert min(lives) >= 1000 - 30
+
+
+def test_a_callers_recent_answers_come_in_one_round_trip(manager, face, server: RedisServer) -> None:
+    namespace = f"recent-{face.name}"
+    writer = manager(namespace=namespace, batch_redis_requests=True)
+    bodies = [{**BODY, "seed": number} for number in range(30)]
+    for number, body in enumerate(bodies):
+        face.set(writer, body, completion(str(number)), scope="alice")
+    face.set(writer, BODY, completion("bob's"), scope="bob")
+    reader = manager(namespace=namespace, batch_redis_requests=True)
+    assert face.get(reader, bodies[0], scope="alice").json() == completion("0")
+    before = server.calls()
+    for number, body in enumerate(bodies):
+        answer = face.get(reader, body, scope="alice")
+        assert (answer.json(), answer.cache.tier) == (completion(str(number)), "memory")
+    after = server.calls()
+    assert after["get"] == before["get"]
+    assert reader.stats()["entries"] == 30
+
+
+def test_an_entry_that_was_removed_during_the_call_does_not_come_back_with_the_other_form(
+    manager, face, when
+) -> None:
+    cache = manager(namespace=f"beside-{face.name}")
+    other = manager(namespace=f"beside-{face.name}")
+    stream = {**BODY, "stream": True}
+    # This stream cannot be turned into a plain answer, which therefore is to join it.
+    assert face.chunks(face.fetch(cache, stream, lambda body: iter(chat_stream("old")))) == chat_stream("old")
+
+    def call(body: object) -> dict:
+        other.flush()
+        when(lambda: cache.stats()["entries"] == 0)
+        return completion("new")
+
+    assert face.fetch(cache, BODY, call).cache.status == "miss"
+    assert b"old" not in b"".join(face.chunks(face.get(cache, stream)))
+
+
 def test_c61_c64_a_redis_that_dies_and_comes_back(face, when) -> None:
     with redis_server() as running:
-        cache = CacheManager("redis", host="127.0.0.1", port=running.port, memory_tier=False)
+        cache = CacheManager(
+            "redis", host="127.0.0.1", port=running.port, memory_tier=False, store_timeout=10
+        )
         port = running.port
         assert face.fetch(cache, BODY, lambda body: completion()).cache.stored is True
     for _ in range(5):

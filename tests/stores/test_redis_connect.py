@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import json
@@ -13,6 +14,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,7 +23,7 @@ import pytest
 import redis
 
 from llm_middleware.errors import ConfigError, StoreError
-from llm_middleware.stores import redis_settings
+from llm_middleware.stores import redis_connect, redis_settings
 from llm_middleware.stores.redis import RedisStore
 from llm_middleware.stores.redis_connect import RedisConnection
 from llm_middleware.stores.redis_credentials import TokenSource, fetch_google_token
@@ -744,6 +746,182 @@ class TestLifetime:
 
         asyncio.run(use())
 
+    def connected(self, server: RedisServer, name: str) -> int:
+        return sum(client["name"] == name for client in server.ask("CLIENT LIST"))
+
+    @pytest.fixture
+    def complaints(self, caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+        """What is warned of and logged until the end of the test; it must be nothing."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            told: list[str] = []
+            yield told
+            gc.collect()
+        told += [str(warning.message) for warning in caught if warning.category is not DeprecationWarning]
+        told += [record.getMessage() for record in caplog.records if record.name == "asyncio"]
+        assert told == []
+
+    @pytest.mark.parametrize("topology", ["standalone", "cluster", "sentinel"])
+    @pytest.mark.usefixtures("complaints")
+    def test_closing_reaches_the_loops_of_other_threads(self, topology: str) -> None:
+        with contextlib.ExitStack() as stack:
+            if topology == "cluster":
+                made = stack.enter_context(redis_cluster(2))
+                servers, settings = made.servers, {"redis_startup_nodes": made.nodes}
+            elif topology == "sentinel":
+                made = stack.enter_context(redis_sentinel())
+                servers = [made.master, made.sentinels[0]]
+                settings = {"sentinel_nodes": made.nodes, "service_name": made.service}
+            else:
+                servers = [stack.enter_context(redis_server())]
+                settings = {"host": HOST, "port": servers[0].port}
+            store = make({**settings, "client_name": "far"})
+            held, over = threading.Event(), threading.Event()
+
+            async def use() -> None:
+                await store.amset([(f"llm:{number:064x}", b"value", 60) for number in range(9)])
+                held.set()
+                await asyncio.to_thread(over.wait)
+
+            thread = threading.Thread(target=asyncio.run, args=(use(),))
+            thread.start()
+            held.wait()
+            store.get(KEY)
+            assert all(self.connected(server, "far") for server in servers)
+            assert len(store.connection.mine()._loops) == 1
+            ours = next(iter(store.connection.mine()._loops.values()))
+            store.close()
+            for server in servers:
+                wait_for(lambda server=server: not self.connected(server, "far"), "every client is gone")
+            wait_for(lambda: ours not in redis_connect._OPEN, "nothing holds the client")
+            over.set()
+            thread.join()
+            assert len(store.connection.mine()._loops) == 0
+
+    @pytest.mark.usefixtures("complaints")
+    @pytest.mark.parametrize("turns", [1, 5])
+    def test_what_is_under_way_elsewhere_ends_first(self, server: RedisServer, turns: int) -> None:
+        """The one that waits for its turn as well."""
+        settings = {"host": HOST, "port": server.port, "client_name": "busy", "max_connections": turns}
+        connection = RedisConnection.from_settings(settings, {}, budget=AMPLE)
+        began, got = threading.Event(), []
+
+        async def pop() -> None:
+            async with connection.ause() as client:
+                began.set()
+                got.append(await client.execute_command("BLPOP", "under-way", 0))
+
+        async def both() -> None:
+            await asyncio.gather(pop(), pop())
+
+        thread = threading.Thread(target=asyncio.run, args=(both(),))
+        thread.start()
+        began.wait()
+        wait_for(lambda: self.connected(server, "busy") == min(turns, 2), "they are connected")
+        connection.close()
+        server.ask("RPUSH", "under-way", "a", "b")
+        thread.join()
+        assert sorted(got) == [(b"under-way", b"a"), (b"under-way", b"b")]
+        wait_for(lambda: self.connected(server, "busy") == 0, "every client is gone")
+
+    @pytest.mark.usefixtures("complaints")
+    def test_closing_while_a_loop_ends(self, server: RedisServer) -> None:
+        """At any moment of its end: nothing is left open and nothing is complained of."""
+        store = make({"host": HOST, "port": server.port, "client_name": "ending"})
+        for number in range(150):
+            used, go = threading.Event(), threading.Event()
+
+            async def use(used: threading.Event = used, go: threading.Event = go) -> None:
+                await store.aget(KEY)
+                used.set()
+                go.wait()
+                for _ in range(number % 5):  # noqa: B023 - run at once
+                    await asyncio.sleep(0)
+
+            thread = threading.Thread(target=asyncio.run, args=(use(),))
+            thread.start()
+            used.wait()
+            if number % 3 == 0:
+                store.close()
+            go.set()
+            if number % 3 == 1:
+                store.close()
+            elif number % 3 == 2:
+                asyncio.run(store.aclose())
+            thread.join()
+        wait_for(lambda: self.connected(server, "ending") == 0, "every client is gone")
+        store.close()
+
+    @pytest.mark.usefixtures("complaints")
+    def test_closing_for_a_loop_that_pauses_or_is_over(self, server: RedisServer) -> None:
+        store = make({"host": HOST, "port": server.port, "client_name": "pausing"})
+        with asyncio.Runner() as runner:
+            runner.run(store.aget(KEY))
+            store.close()  # takes effect when the loop runs again, here at its end
+            assert self.connected(server, "pausing") == 1
+        wait_for(lambda: self.connected(server, "pausing") == 0, "its client is gone")
+        with asyncio.Runner() as runner:
+            runner.run(store.aget(KEY))
+            store.close()
+            assert runner.run(store.aget(KEY)) in (None, b"value")
+            wait_for(lambda: runner.run(self.one(server, "pausing")), "the first client is gone")
+        asyncio.run(store.aget(KEY))
+        store.close()
+        store.close()
+        wait_for(lambda: self.connected(server, "pausing") == 0, "every client is gone")
+
+    @pytest.mark.usefixtures("complaints")
+    @pytest.mark.parametrize("busy", [False, True])
+    def test_a_loop_that_ends_has_no_task_left(self, server: RedisServer, busy: bool) -> None:
+        """Whether it was to close its client before, while one has a turn, or is asked to afterwards."""
+        settings = {"host": HOST, "port": server.port, "client_name": "ends", "max_connections": 1}
+        store = make(settings, budget=0.5)
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(store.aget(KEY))
+        ours = store.connection.mine()._loops[loop]
+        if busy:
+            loop.run_until_complete(ours.turns.acquire())
+            store.close()
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        assert asyncio.all_tasks(loop) == set()
+        ours.close_soon()
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+        assert asyncio.all_tasks(loop) == set()
+        wait_for(lambda: self.connected(server, "ends") == 0, "its client is gone")
+        loop.close()
+        ours.close_soon()
+
+    async def one(self, server: RedisServer, name: str) -> bool:
+        return await asyncio.to_thread(self.connected, server, name) == 1
+
+    @pytest.mark.usefixtures("complaints")
+    def test_closing_that_is_cancelled(self, server: RedisServer) -> None:
+        connection = RedisConnection.from_settings(
+            {"host": HOST, "port": server.port, "client_name": "cancelled"}, {}, budget=AMPLE
+        )
+
+        async def hold() -> None:
+            async with connection.ause() as client:
+                await client.execute_command("BLPOP", "nothing", 0)
+
+        async def use() -> int:
+            holder = asyncio.create_task(hold())
+            while await asyncio.to_thread(self.connected, server, "cancelled") == 0:
+                pass
+            closing = asyncio.create_task(connection.aclose())
+            await asyncio.sleep(0)
+            closing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await closing
+            with pytest.raises(StoreError):  # closed all the same
+                await holder
+            return await asyncio.to_thread(self.connected, server, "cancelled")
+
+        before = len(redis_connect._OPEN)
+        assert asyncio.run(use()) == 0
+        assert len(redis_connect._OPEN) == before
+
     def test_many_threads_make_one_client(self, server: RedisServer) -> None:
         store = make({"host": HOST, "port": server.port})
         clients = set()
@@ -987,9 +1165,7 @@ class TestTokenSource:
 
         source = TokenSource(fetch, "a@b", clock=clock)
         for _ in range(3):
-            with pytest.raises(
-                StoreError, match="no token for the service account: OSError: identity service is down"
-            ):
+            with pytest.raises(StoreError, match="no token for a@b: OSError: identity service is down"):
                 source.wait()
             with pytest.raises(StoreError, match="identity service is down"):
                 asyncio.run(source.await_())
@@ -1066,7 +1242,7 @@ class TestServiceAccount:
         tokens.broken = True
         store = self.make(guarded, tokens)
         with pytest.raises(
-            StoreError, match="no token for the service account: OSError: HTTP 503 from http://"
+            StoreError, match=r"no token for cache@project\.iam: OSError: HTTP 503 from http://"
         ):
             face.do(store, "get", KEY)
         store.close()

@@ -73,6 +73,9 @@ class OnLoop:
     def flush(self, namespace: str) -> int:
         return self._run(self._store.aflush(namespace))
 
+    def heads(self, namespace: str, cursor: str | None, size: int) -> object:
+        return self._run(self._store.aheads(namespace, cursor, size))
+
     def purge_expired(self) -> int:
         return self._run(self._store.apurge_expired())
 
@@ -388,6 +391,69 @@ def test_a_failing_bucket_is_seen_and_costs_no_call(moto: S3Server, face: Any, r
     face.do(cache, "close")
 
 
+def chat(text: str) -> bytes:
+    message = {"index": 0, "message": {"content": text}, "finish_reason": "stop"}
+    return json.dumps({"choices": [message]}).encode()
+
+
+def ask(text: str, **controls: object) -> bytes:
+    body = {"model": "m", "messages": [{"role": "user", "content": text}]}
+    return json.dumps({**body, "cache": controls} if controls else body).encode()
+
+
+def bucket_cache(server: S3Server, path: str, clock: Clock, **settings: object) -> CacheManager:
+    given = {"memory_tier": False, "ttl_jitter": 0, "store_timeout": 30}
+    return CacheManager("s3", clock=clock, **settings_on(server, s3_path=path), **given, **settings)
+
+
+@pytest.mark.parametrize("ttl", ["60", "60.0", 60])
+@pytest.mark.parametrize("where", ["settings", "body", "call"])
+def test_a_time_to_live_may_be_text(moto: S3Server, face: Any, clock: Clock, ttl: object, where: str) -> None:
+    path = uuid.uuid4().hex
+    cache = bucket_cache(moto, path, clock, ttl=ttl if where == "settings" else 5)
+    body = ask("hi", ttl=ttl) if where == "body" else ask("hi")
+    options = {"controls": {"ttl": ttl}} if where == "call" else {}
+    answer = face.fetch(cache, body, lambda _: chat("hello"), scope="x", **options)
+    assert answer.cache.status == "miss"
+    (name,) = names_in(moto, path)
+    found = head(moto, name)
+    assert found["Metadata"] == {"llm-expires": repr(clock() + 60)}
+    assert found["CacheControl"] == "max-age=60"
+    assert found["Expires"] == datetime.fromtimestamp(clock() + 60, UTC)
+    face.do(cache, "close")
+
+
+def test_an_answer_whose_time_is_over_is_asked_for_again(
+    server: S3Server, face: Any, clock: Any, reader: str
+) -> None:
+    """C74."""
+    path = uuid.uuid4().hex
+    cache = bucket_cache(server, path, clock, ttl="60", client=reader)
+    asked: list[str] = []
+
+    def handler(body: bytes) -> bytes:
+        asked.append(json.loads(body)["messages"][0]["content"])
+        return chat("hello")
+
+    def statuses(*texts: str) -> list[str]:
+        return [face.fetch(cache, ask(text), handler, scope="x").cache.status for text in texts]
+
+    assert statuses("a", "b", "a") == ["miss", "miss", "hit"]
+    clock.advance(60)
+    assert statuses("a", "a") == ["miss", "hit"]
+    assert asked == ["a", "b", "a"]
+    assert len(names_in(server, path)) == 2
+    store = S3Store.from_settings(settings_on(server, s3_path=path), clock=clock)
+    assert store.purge_expired() == 1
+    assert len(names_in(server, path)) == 1
+    assert statuses("a") == ["hit"]
+    clock.advance(60)
+    assert store.purge_expired() == 1
+    assert names_in(server, path) == []
+    store.close()
+    face.do(cache, "close")
+
+
 # C72: what fails is an error with a code and no secret
 
 
@@ -398,6 +464,7 @@ OPERATIONS: dict[str, Callable[[Any], object]] = {
     "delete": lambda store: store.delete([key(1)]),
     "delete many": lambda store: store.delete([key(1), key(2)]),
     "flush": lambda store: store.flush("llm"),
+    "heads": lambda store: store.heads("llm", None, 8),
     "purge": lambda store: store.purge_expired(),
     "ping": lambda store: store.ping(),
 }

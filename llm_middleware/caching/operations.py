@@ -1,0 +1,122 @@
+"""What an operator does with a cache: remove entries, ask how it is, close it. Both faces of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .._drive import run_sync
+from .._ports.faces import SYNC, async_port
+from .._ports.protocol import Port
+from .flow import Flow
+from .invalidation import invalidate, wanted
+from .ping import ping
+from .settings import CacheSettings
+
+__all__ = ["Operations"]
+
+
+class Operations:
+    """The half of `CacheManager` that no request needs."""
+
+    settings: CacheSettings
+    _flow: Flow
+
+    def delete(self, *keys: str, dry_run: bool = False) -> int:
+        """Remove entries by cache key, as ``x-llm-cache-key`` tells it; how many there were. ``dry_run``:
+        only count them."""
+        return run_sync(self._delete(SYNC, keys, dry_run))
+
+    async def adelete(self, *keys: str, dry_run: bool = False) -> int:
+        """`delete` for async callers."""
+        return await self._delete(async_port(), keys, dry_run)
+
+    async def _delete(self, port: Port, keys: Sequence[str], dry_run: bool) -> int:
+        namespace, tiers = self.settings.namespace, self._flow.tiers
+        full = [key if ":" in key else f"{namespace}:{key}" for key in keys]
+        return await (tiers.count(port, full) if dry_run else tiers.delete(port, full))
+
+    def invalidate(
+        self,
+        *,
+        tags: Sequence[str] = (),
+        model: str | None = None,
+        scope: str | None = None,
+        namespace: str | None = None,
+        kind: str | None = None,
+        prefix: str = "",
+        dry_run: bool = False,
+    ) -> int:
+        """Remove the entries that have one of ``tags`` and are of this ``model``, ``scope``, request's
+        ``namespace`` and ``kind``, and whose cache key begins with ``prefix``: of each only what is given.
+        How many there were; ``dry_run``: only count them. Walks through all entries of the store.
+
+        ``scope`` is that of `fetch`; a middleware's is ``"id:" +`` what its ``identify`` returned.
+        `ConfigError` where nothing is given, or the store cannot be walked.
+        """
+        want = wanted(tags, model, scope, namespace, kind, prefix)
+        flow, within = self._flow, self.settings.namespace
+        return run_sync(invalidate(SYNC, flow.tiers, within, want, dry_run=dry_run))
+
+    async def ainvalidate(
+        self,
+        *,
+        tags: Sequence[str] = (),
+        model: str | None = None,
+        scope: str | None = None,
+        namespace: str | None = None,
+        kind: str | None = None,
+        prefix: str = "",
+        dry_run: bool = False,
+    ) -> int:
+        """`invalidate` for async callers."""
+        want = wanted(tags, model, scope, namespace, kind, prefix)
+        flow, within = self._flow, self.settings.namespace
+        return await invalidate(async_port(), flow.tiers, within, want, dry_run=dry_run)
+
+    def flush(self) -> int:
+        """Remove everything in this manager's namespace, and nothing else; how many entries there were."""
+        return run_sync(self._flush(SYNC))
+
+    async def aflush(self) -> int:
+        """`flush` for async callers."""
+        return await self._flush(async_port())
+
+    async def _flush(self, port: Port) -> int:
+        return await self._flow.tiers.flush(port, self.settings.namespace)
+
+    def purge_expired(self) -> int:
+        """Remove what is over from a store that keeps it until it is removed (memory, disk, S3); how many."""
+        return run_sync(self._flow.tiers.purge_expired(SYNC))
+
+    async def apurge_expired(self) -> int:
+        """`purge_expired` for async callers."""
+        return await self._flow.tiers.purge_expired(async_port())
+
+    def ping(self) -> dict[str, object]:
+        """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``, and what
+        the store tells of its server and connection, without secrets. Raises what the store raises."""
+        return run_sync(self._ping(SYNC))
+
+    async def aping(self) -> dict[str, object]:
+        """`ping` for async callers."""
+        return await self._ping(async_port())
+
+    async def _ping(self, port: Port) -> dict[str, object]:
+        return await ping(port, self._flow, self.settings.namespace)
+
+    def stats(self) -> dict[str, object]:
+        """Counters since the start, by event name, and the sizes of the memory store."""
+        memory = self._flow.tiers.memory
+        sizes = {} if memory is None else {"entries": len(memory), "bytes": memory.bytes}
+        return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes}
+
+    def close(self) -> None:
+        """Release what the store holds; the manager opens it again when it is used again."""
+        run_sync(self._close(SYNC))
+
+    async def aclose(self) -> None:
+        """`close` for async callers."""
+        await self._close(async_port())
+
+    async def _close(self, port: Port) -> None:
+        await self._flow.tiers.close(port)

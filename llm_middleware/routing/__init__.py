@@ -1,0 +1,1 @@
+"""Routing: which deployment answers a call, and what happens when it does not."""
