@@ -10,6 +10,7 @@ Memory holds `Entry` objects, the store behind it holds their bytes. Rules that 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ from .reporter import Reporter
 
 __all__ = ["Tiers"]
 
+# While the store fails it is only read, until it answers again or so many seconds have passed: so a request
+# waits for it once, and not again to claim the call and to keep the answer.
+_READS = ("get", "mget")
+_SHUNNED = 30.0
 # Callers of whom it is known that their recent answers were brought.
 _CALLERS = 10_000
 
@@ -61,6 +66,7 @@ class Tiers:
         self._budget = budget
         self._memory_ttl = memory_ttl
         self.recents = recents
+        self._shunned_until = 0.0
         self._brought: dict[str, float] = {}
 
     def replace(self, store: object) -> None:
@@ -77,7 +83,8 @@ class Tiers:
         """What the store behind answers; `StoreError` at once while its breaker is open."""
         if self.peers is not None:
             self.peers.listen()
-        if not self._breaker.allow():
+        asked = operation in _READS or time.monotonic() >= self._shunned_until
+        if not asked or not self._breaker.allow():
             raise StoreError(f"{self.tier}: not asked, it failed a moment ago", code="breaker_open")
         try:
             result = await port.store(self.store, operation, *args, budget=self._budget)
@@ -86,10 +93,14 @@ class Tiers:
             raise
         except Exception as exc:
             # A store that is full or read-only refuses writes at once, and reads go on.
-            refused = isinstance(exc, StoreError) and exc.code == "store_refused"
-            self._breaker.succeeded() if refused else self._breaker.failed()
+            if isinstance(exc, StoreError) and exc.code == "store_refused":
+                self._breaker.succeeded()
+            else:
+                self._breaker.failed()
+                self._shunned_until = time.monotonic() + _SHUNNED
             raise
         self._breaker.succeeded()
+        self._shunned_until = 0.0
         self._reporter.store_answered(operation)
         return result
 

@@ -162,6 +162,20 @@ def test_an_entry_that_was_removed_during_the_call_does_not_come_back_with_the_o
     assert b"old" not in b"".join(face.chunks(face.get(cache, stream)))
 
 
+def test_c62_a_hung_redis_is_waited_for_once_in_a_request(face) -> None:
+    with redis_server() as running:
+        cache = CacheManager("redis", host="127.0.0.1", port=running.port, store_timeout=0.05)
+        running.pause()
+        answer = face.fetch(cache, BODY, lambda body: completion("a"))
+        assert (answer.json(), answer.cache.detail) == (completion("a"), "backend-down")
+        assert cache.stats()["store-error"] == 1
+        # What this process made it answers from memory meanwhile.
+        assert face.fetch(cache, BODY, lambda body: completion("b")).json() == completion("a")
+        running.resume()
+        face.do(cache, "close")
+        cache.close()
+
+
 def test_c61_c64_a_redis_that_dies_and_comes_back(face, when) -> None:
     with redis_server() as running:
         cache = CacheManager(

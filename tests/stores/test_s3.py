@@ -408,7 +408,9 @@ def bucket_cache(server: S3Server, path: str, clock: Clock, **settings: object) 
 
 @pytest.mark.parametrize("ttl", ["60", "60.0", 60])
 @pytest.mark.parametrize("where", ["settings", "body", "call"])
-def test_a_time_to_live_may_be_text(moto: S3Server, face: Any, clock: Clock, ttl: object, where: str) -> None:
+def test_c73_a_time_to_live_may_be_text(
+    moto: S3Server, face: Any, clock: Clock, ttl: object, where: str
+) -> None:
     path = uuid.uuid4().hex
     cache = bucket_cache(moto, path, clock, ttl=ttl if where == "settings" else 5)
     body = ask("hi", ttl=ttl) if where == "body" else ask("hi")
