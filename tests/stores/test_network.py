@@ -126,6 +126,20 @@ def test_c65_c76_writes_in_batches_through_the_manager(manager, face, server: Re
     assert min(lives) >= 1000 - 30
 
 
+def test_c59_what_another_process_removes_is_not_written_afterwards(manager, face, when) -> None:
+    namespace = f"heed-{face.name}"
+    writer = manager(namespace=namespace, redis_flush_size=1000, redis_flush_interval=3600)
+    other = manager(namespace=namespace)
+    assert face.get(writer, BODY) is None  # from now on it listens
+    when(lambda: writer._flow.tiers.peers.live)
+    key = face.set(writer, BODY, completion())
+    other.delete(key)
+    when(lambda: face.get(writer, BODY) is None)
+    face.do(writer, "close")
+    writer.close()
+    assert face.get(other, BODY) is None
+
+
 def test_a_callers_recent_answers_come_in_one_round_trip(manager, face, server: RedisServer) -> None:
     namespace = f"recent-{face.name}"
     writer = manager(namespace=namespace, batch_redis_requests=True)
