@@ -557,8 +557,10 @@ def _corrupt() -> Iterator[Target]:
                 client.setrange(key, at, bytes([value[at] ^ 1 << chance.randrange(8)]))
 
         def retype(key: bytes) -> None:
-            client.delete(key)
-            client.rpush(key, "one", "two")
+            with client.pipeline() as pipe:  # at once: a manager may write the key in between
+                pipe.delete(key)
+                pipe.rpush(key, "one", "two")
+                pipe.execute()
 
         def replace(key: bytes) -> None:
             client.set(key, chance.choice([b"", b"{}", b"\x80\x04]\x94.", b"LLMC\x01", bytes(100)]))

@@ -32,6 +32,7 @@ __all__ = ["Tiers"]
 # While the store fails it is only read, until it answers again or so many seconds have passed: so a request
 # waits for it once, and not again to claim the call and to keep the answer.
 _READS = ("get", "mget")
+_TELLING = (*_READS, "recent", "claim")  # before the call; what fails after it, the next request sees
 _SHUNNED = 30.0
 # Callers of whom it is known that their recent answers were brought.
 _CALLERS = 10_000
@@ -97,7 +98,8 @@ class Tiers:
                 self._breaker.succeeded()
             else:
                 self._breaker.failed()
-                self._shunned_until = time.monotonic() + _SHUNNED
+                if operation in _TELLING:
+                    self._shunned_until = time.monotonic() + _SHUNNED
             raise
         self._breaker.succeeded()
         self._shunned_until = 0.0

@@ -113,6 +113,8 @@ class Reservation:
 class Limits(Protocol):
     """Where calls are counted: `MemoryLimits` or `SharedLimits`."""
 
+    state: RouterState
+
     async def reserve(
         self, port: Port, candidates: Sequence[Deployment], tokens: int, now: float
     ) -> Reservation | Refusal:

@@ -1,0 +1,237 @@
+"""One attempt: a call of one deployment, and what it was like.
+
+A plain answer is read whole. A stream is read up to its first content before anybody sees it: until then
+another deployment may take its place unnoticed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import replace
+
+from ..caching.sse import parse_events
+from ..errors import ProviderError, UpstreamConnectionError, UpstreamServerError
+from ..providers.adapters import Adapter, adapter_of
+from ..providers.messages import Reply, Timeouts, Transport
+from ..providers.target import Target, authorized
+from .limits import Outcome
+
+__all__ = ["Attempt", "Finish", "within"]
+
+Finish = Callable[[Outcome], object]
+
+_TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
+_OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
+_HELD = 64  # events without content that are held back at most
+# What the Responses API says before it has an answer.
+_OPENING = frozenset({"response.created", "response.queued", "response.in_progress"})
+_BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+
+class Attempt:
+    """``finish(outcome)`` is called once, when the answer is whole, broken or left. ``own_timeout``: the time
+    that the call has is the caller's word."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        target: Target,
+        timeouts: Timeouts,
+        clock: Callable[[], float],
+        finish: Finish,
+        *,
+        own_timeout: bool,
+    ) -> None:
+        self._transport = transport
+        self._target = target
+        self._adapter: Adapter = adapter_of(target)
+        self._timeouts = timeouts
+        self._clock = clock
+        self._finish = finish
+        self._own_timeout = own_timeout
+        self._began = clock()
+
+    async def plain(self, kind: str, body: Mapping[str, object]) -> bytes:
+        """The answer's bytes, in OpenAI's shape. Raises `ProviderError`."""
+        try:
+            reply = await self._reply(kind, body, stream=False)
+            data = await reply.read()
+            if self._adapter.answer is not None:
+                data = self._adapter.answer(data, model=self._target.model, secrets=self._target.secrets())
+            elif kind != "transcription":
+                self._check(data)
+        except ProviderError as exc:
+            self._failed(exc)
+            raise
+        except BaseException:
+            self._finish(Outcome(abandoned=True))
+            raise
+        self._finish(
+            Outcome(
+                tokens=_last(_TOTAL, data),
+                latency=self._clock() - self._began,
+                output_tokens=_last(_OUTPUT, data) or 0,
+            )
+        )
+        return data
+
+    async def stream(self, kind: str, body: Mapping[str, object]) -> AsyncIterator[bytes]:
+        """The stream's events as bytes, from its first one on. Raises `ProviderError`: here for what goes
+        wrong before the first content, from the iterator for what goes wrong after it."""
+        held: list[bytes] = []
+        try:
+            reply = await self._reply(kind, body, stream=True)
+            try:
+                pieces = self._pieces(reply, body)
+                first: float | None = None
+                async for piece in pieces:
+                    held.append(piece)
+                    if self._is_content(b"".join(held)) or len(held) >= _HELD:
+                        first = self._clock() - self._began
+                        break
+                else:
+                    raise UpstreamConnectionError("the provider's stream ended before it had any content")
+            except BaseException:
+                await reply.aclose()
+                raise
+        except ProviderError as exc:
+            self._failed(exc)
+            raise
+        except BaseException:
+            self._finish(Outcome(abandoned=True))
+            raise
+        events = self._relay(held, pieces, reply, first)
+        await anext(events)  # begun: a generator that never ran would not see that it is closed or dropped
+        return events
+
+    def _check(self, data: bytes) -> None:
+        """Some who speak OpenAI's API say with status 200 that they failed; proxies have pages."""
+        if data.lstrip()[:1] != b"{":
+            raise UpstreamServerError("the provider's answer is not a JSON object", code="unexpected_answer")
+        if b'"error"' in data and b'"choices"' not in data and b'"object"' not in data:
+            raise self._failure(200, {}, data)
+
+    async def _reply(self, kind: str, body: Mapping[str, object], *, stream: bool) -> Reply:
+        target = self._target = await authorized(self._target)
+        request = self._adapter.build(target, kind, body, stream)
+        reply = await self._transport.send(request, self._timeouts)
+        if reply.status >= 300:
+            raise self._failure(reply.status, reply.headers, await reply.read())
+        return reply
+
+    def _failure(self, status: int, headers: Mapping[str, str], body: bytes) -> ProviderError:
+        return self._adapter.failure(status, headers, body, secrets=self._target.secrets())
+
+    def _failed(self, error: ProviderError) -> None:
+        own_key = self._target.caller_key
+        self._finish(Outcome(error=error, own_key=own_key, own_timeout=self._own_timeout))
+
+    def _pieces(self, reply: Reply, body: Mapping[str, object]) -> AsyncIterator[bytes]:
+        chunks = reply.chunks()
+        if self._adapter.events is None:
+            return chunks
+        options = body.get("stream_options")
+        usage = isinstance(options, Mapping) and options.get("include_usage") is True
+        secrets = self._target.secrets()
+        return self._adapter.events(chunks, model=self._target.model, include_usage=usage, secrets=secrets)
+
+    def _is_content(self, data: bytes) -> bool:
+        """Whether the events so far say anything. Raises what an error event is."""
+        for event in parse_events(data[: data.rfind(b"\n") + 1]):
+            payload = event.data
+            if payload == "[DONE]":
+                return True
+            try:
+                value = json.loads(payload)
+            except ValueError:
+                continue
+            self._raise_error(value)
+            if not isinstance(value, dict) or _says(value):
+                return True
+        return False
+
+    def _raise_error(self, event: object) -> None:
+        """What an event says of a failure, if it does."""
+        if not isinstance(event, dict):
+            return
+        told: object = None
+        if event.get("error"):
+            told = event
+        elif event.get("type") == "error":
+            told = {"error": event}
+        elif event.get("type") == "response.failed":
+            told = event.get("response")
+        if told is not None:
+            raise self._failure(200, {}, json.dumps(told).encode())
+
+    def _look(self, data: bytes) -> bytes:
+        """Raise the error among whole events, and give back what is not whole yet."""
+        end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in _BLANK_LINES)
+        whole = data[:end]
+        if b'"error"' in whole:
+            for event in parse_events(whole):
+                if '"error"' in event.data:
+                    try:
+                        value = json.loads(event.data)
+                    except ValueError:
+                        continue
+                    self._raise_error(value)
+        return data[end:]
+
+    async def _relay(
+        self, held: list[bytes], pieces: AsyncIterator[bytes], reply: Reply, first: float | None
+    ) -> AsyncGenerator[bytes]:
+        outcome = Outcome(abandoned=True)
+        tail = part = b""
+        try:
+            yield b""  # for `stream`
+            for piece in held:
+                tail = (tail + piece)[-4096:]
+                part = self._look(part + piece)
+                yield piece
+            async for piece in pieces:
+                tail = (tail + piece)[-4096:]
+                part = self._look(part + piece)
+                yield piece
+            self._look(part + b"\n\n")
+            tokens, output = _last(_TOTAL, tail), _last(_OUTPUT, tail) or 0
+            outcome = Outcome(
+                tokens=tokens,
+                latency=self._clock() - self._began,
+                first_token=first,
+                output_tokens=output,
+            )
+        except ProviderError as exc:
+            outcome = Outcome(error=exc, own_key=self._target.caller_key, own_timeout=self._own_timeout)
+            raise
+        finally:
+            self._finish(outcome)
+            await reply.aclose()
+
+
+def _says(chunk: Mapping[str, object]) -> bool:
+    choices = chunk.get("choices")
+    if not isinstance(choices, list):
+        return chunk.get("type") not in _OPENING
+    for choice in choices:
+        delta = choice.get("delta") if isinstance(choice, dict) else None
+        if not isinstance(delta, dict):
+            return True
+        if choice.get("finish_reason") or any(value for name, value in delta.items() if name != "role"):
+            return True
+    return False
+
+
+def _last(pattern: re.Pattern[bytes], data: bytes) -> int | None:
+    found = pattern.findall(data)
+    return int(found[-1]) if found else None
+
+
+def within(timeouts: Timeouts, seconds: float | None) -> Timeouts:
+    """``timeouts`` that also end after ``seconds``."""
+    if seconds is None:
+        return timeouts
+    total = seconds if timeouts.total is None else min(timeouts.total, seconds)
+    return replace(timeouts, total=total)
