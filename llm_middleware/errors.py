@@ -32,6 +32,7 @@ OpenAI's SDKs expect: ``{"error": {"message", "type", "param", "code"}}``
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 
 __all__ = [
     "NOT_CACHED",
@@ -58,7 +59,22 @@ __all__ = [
     "UpstreamAnswerError",
     "UpstreamConnectionError",
     "UpstreamServerError",
+    "did_you_mean",
+    "nearest",
 ]
+
+
+def nearest(name: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Of the ``known`` names the one most like ``name``, if one is; ``cutoff`` as in `difflib`."""
+    import difflib  # only where something is wrong
+
+    return next(iter(difflib.get_close_matches(str(name), known, 1, cutoff)), None)
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """What an error that names ``name`` ends with; nothing where no known name is like it."""
+    near = nearest(name, known)
+    return "" if near is None else f"; did you mean {near!r}?"
 
 
 class LLMMiddlewareError(Exception):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from ..caching.endpoints import OPENAI_ROUTES, kind_of
 from ..caching.headers import PROFILES
 from ..caching.manager import CacheManager
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 __all__ = ["Front"]
 
@@ -55,8 +54,7 @@ class Front:
             )
         self._max_body_bytes = max_body_bytes
         if header_profile not in PROFILES:
-            near = difflib.get_close_matches(str(header_profile), PROFILES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(header_profile, PROFILES)
             raise ConfigError(
                 f"header_profile: expected one of {list(PROFILES)}, got {header_profile!r}{hint}",
                 param="header_profile",

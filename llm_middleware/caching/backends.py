@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from ..stores.memory import MemoryStore
 from ..types import Clock
 from .at_rest import AtRest
@@ -50,8 +49,7 @@ def make_tiers(
     """
     kind = settings.type
     if kind not in _TYPES:
-        near = difflib.get_close_matches(kind, _TYPES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(kind, _TYPES)
         raise ConfigError(f"type: expected one of {list(_TYPES)}, got {kind!r}{hint}", param="type")
     if (store is not None) != (kind == "custom"):
         raise ConfigError("store: goes with type='custom' (or no type) only", param="store")

@@ -6,14 +6,13 @@ Order of precedence: the API key's own, the body's, the header's, the manager's 
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from ..errors import InvalidRequestError
+from ..errors import InvalidRequestError, nearest
 
 __all__ = ["Controls", "merge", "parse_body", "parse_header"]
 
@@ -107,8 +106,8 @@ _BODY: Mapping[str, tuple[str, _Parser]] = {
 
 
 def _unknown(field: str, name: str) -> InvalidRequestError:
-    near = difflib.get_close_matches(name.replace("_", "-"), _BODY, 1)
-    hint = f'did you mean "{near[0]}"?' if near else f"known: {', '.join(_BODY)}"
+    near = nearest(name.replace("_", "-"), _BODY)
+    hint = f"known: {', '.join(_BODY)}" if near is None else f'did you mean "{near}"?'
     return InvalidRequestError(
         f"{field}.{name}: unknown cache control; {hint}",
         param=f"{field}.{name}",

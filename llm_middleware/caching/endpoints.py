@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 
 __all__ = ["CALL_TYPES", "ENDPOINTS", "OPENAI_ROUTES", "Endpoint", "kind_of"]
 
@@ -110,7 +109,6 @@ def kind_of(name: str, *, param: str) -> str:
     """The kind that ``name`` (a kind or one of LiteLLM's call types) stands for; `ConfigError` else."""
     kind = CALL_TYPES.get(name)
     if kind is None:
-        near = difflib.get_close_matches(str(name), CALL_TYPES, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(CALL_TYPES)}"
+        hint = did_you_mean(name, CALL_TYPES) or f"; known: {', '.join(CALL_TYPES)}"
         raise ConfigError(f"{param}: unknown call type {name!r}{hint}", param=param)
     return kind

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 import re
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .admission import REASONS
 from .controls import Controls, merge
 from .endpoints import kind_of
@@ -152,8 +151,7 @@ def _flush_size(name: str, value: object) -> object:
 def _choice(*choices: str) -> Callable[[str, object], object]:
     def check(name: str, value: object) -> object:
         if value not in choices:
-            near = difflib.get_close_matches(str(value), choices, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(value, choices)
             raise ConfigError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}", param=name)
         return next(choice for choice in choices if choice == value)  # of an enum of text, its text
 
@@ -321,6 +319,5 @@ def make_settings(
 def _check_names(given: Iterable[str], near: Sequence[str], valid: Container[str]) -> None:
     for name in given:
         if name not in valid:
-            nearest = difflib.get_close_matches(name, near, 1)
-            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            hint = did_you_mean(name, near)
             raise ConfigError(f"unknown cache setting {name!r}{hint}", param=name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -10,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .table import ALIASES, ROWS
 
 __all__ = ["GENERIC", "Origin", "Provider", "Registry", "below", "origin_of", "registry"]
@@ -83,8 +82,7 @@ class Registry:
         """The provider of that name. `ConfigError` names the nearest where there is none."""
         found = self.get(name)
         if found is None:
-            near = difflib.get_close_matches(name, [*self.providers, *ALIASES], 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, [*self.providers, *ALIASES])
             raise ConfigError(f"there is no provider {name!r}{hint}", param="provider")
         return found
 
@@ -213,8 +211,7 @@ def _read(begin: Provider, row: object, param: str) -> Provider:
         reader = _READERS.get(name)
         where = f"{param}.{key}"
         if reader is None:
-            near = difflib.get_close_matches(name, _READERS, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, _READERS)
             raise ConfigError(f"{where}: there is no such field{hint}", param=where)
         try:
             changes[name] = reader(value)

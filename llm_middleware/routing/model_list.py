@@ -7,7 +7,6 @@ Entries are LiteLLM's: ``{"model_name", "litellm_params": {"model", ...}, "tpm",
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
@@ -17,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ..caching.environ import resolved
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean, nearest
 from ..providers.registry import Provider, Registry, registry
 from ..providers.target import CONNECTION, SECRETS
 from .deployment import Deployment
@@ -209,8 +208,7 @@ def _split(
 def _known(entry: Mapping[str, object], names: Iterable[str], at: str) -> None:
     for name in entry:
         if name not in names:
-            near = difflib.get_close_matches(str(name), names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, names)
             raise ConfigError(f"{at}.{name}: there is no such field{hint}", param=f"{at}.{name}")
 
 
@@ -219,9 +217,9 @@ def _spelt(name: str, where: str) -> None:
     if name in PARAMETERS:
         return
     alike = 0.66 if len(name) <= 4 else 0.81
-    near = difflib.get_close_matches(name, PARAMETERS | CONNECTION | _SPECIAL, 1, alike)
-    if near:
-        message = f"{where}: did you mean {near[0]!r}? A provider's own parameter goes into extra_body"
+    near = nearest(name, PARAMETERS | CONNECTION | _SPECIAL, alike)
+    if near is not None:
+        message = f"{where}: did you mean {near!r}? A provider's own parameter goes into extra_body"
         raise ConfigError(message, param=where)
 
 

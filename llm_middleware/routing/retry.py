@@ -13,7 +13,6 @@ The rules:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +31,7 @@ from ..errors import (
     RateLimitError,
     UpstreamConnectionError,
     UpstreamServerError,
+    did_you_mean,
 )
 
 __all__ = ["Decision", "Retries", "parse_retry_after", "policy_names", "read_policy"]
@@ -72,8 +72,7 @@ def read_policy(policy: Mapping[str, int | None] | None, suffix: str, param: str
     names = [name + suffix for name in _KNOWN]
     for name, number in (policy or {}).items():
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, names)
             raise ConfigError(f"{param}: unknown name {name!r}{hint}", param=param)
         if number is None:
             continue

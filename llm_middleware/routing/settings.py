@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from random import Random
 
-from ..errors import ConfigError, LLMMiddlewareError
+from ..errors import ConfigError, LLMMiddlewareError, did_you_mean
 from ..providers.messages import Timeouts
 from ..providers.registry import registry
 from .cooldown import CooldownPolicy
@@ -121,8 +120,7 @@ def make_settings(given: Mapping[str, object]) -> RouterSettings:
     names = [setting.name for setting in fields(RouterSettings)]
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, names)
             raise ConfigError(f"unknown Router setting {name!r}{hint}", param=name)
     said = {name: value for name, value in given.items() if value is not None or name == "timeout"}
     return RouterSettings(**said)  # type: ignore[arg-type]

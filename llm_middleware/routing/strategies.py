@@ -6,13 +6,12 @@ come in random order. None of them looks at limits or cooldowns; a reservation p
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Final, Protocol
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from .deployment import Deployment
 from .state import View
 
@@ -155,8 +154,8 @@ def named_strategy(name: str, **options: object) -> Strategy:
     for ``options`` that it does not have."""
     make = _STRATEGIES.get(name)
     if make is None:
-        near = difflib.get_close_matches(str(name), _STRATEGIES, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else f" (there are {', '.join(_STRATEGIES)})"
+        near = nearest(name, _STRATEGIES, 0.4)
+        hint = f" (there are {', '.join(_STRATEGIES)})" if near is None else f"; did you mean {near!r}?"
         raise ConfigError(f"routing_strategy: unknown name {name!r}{hint}", param="routing_strategy")
     try:
         return make(**options)

@@ -7,7 +7,6 @@ every address in the environment void, so that half of one server is never mixed
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import json
@@ -19,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-from ..errors import ConfigError
+from ..errors import ConfigError, did_you_mean
 from .redis_credentials import AwsIam, EntraId, read_aws_iam, read_entra_id
 
 __all__ = ["COMMON_NAMES", "Node", "RedisSettings", "known_names", "read_settings"]
@@ -189,8 +188,7 @@ def _address(values: Mapping[str, object]) -> str | None:
 def _check_names(explicit: Mapping[str, object]) -> None:
     for name, value in explicit.items():
         if name not in _OWN and name not in _argument_kinds():
-            near = difflib.get_close_matches(name, (*_OWN, *_argument_kinds()), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = did_you_mean(name, (*_OWN, *_argument_kinds()))
             raise ConfigError(f"unknown Redis setting {name!r}{hint}", param=name)
         if name in _FIXED and value:
             raise ConfigError(f"{name}: the cache sets this itself", param=name)

@@ -12,7 +12,6 @@ tasks), and in a process forked from one that has used it (its threads do not su
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import re
 import socket
@@ -23,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
-from ..errors import ConfigError, LLMMiddlewareError, StoreError
+from ..errors import ConfigError, LLMMiddlewareError, StoreError, nearest
 
 if TYPE_CHECKING:
     from obstore.store import S3Store as ObjectStore
@@ -337,8 +336,8 @@ def check_names(given: Iterable[str], known: Iterable[str], where: str = "") -> 
     names = list(known)
     for name in given:
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {where + near[0]!r}?" if near else ""
+            near = nearest(name, names)
+            hint = "" if near is None else f"; did you mean {where + near!r}?"
             raise ConfigError(f"unknown S3 setting {where + name!r}{hint}", param=where + name)
 
 
