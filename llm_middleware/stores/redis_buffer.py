@@ -16,14 +16,13 @@ unknown to other processes: single-flight among them needs a store that has entr
 from __future__ import annotations
 
 import asyncio
-import functools
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from ..errors import ConfigError
 from ..types import Clock
+from .per_process import PerProcess
 from .redis import RedisStore
 from .redis_peers import RedisPeers
 from .redis_pending import Held, Pending, is_of
@@ -63,8 +62,7 @@ class BufferedRedisStore:
         self.peers: RedisPeers | None = store.peers
         self._store = store
         self._clock = clock
-        self._make = functools.partial(Pending, store, size, interval, max_bytes, clock)
-        self._buffers: dict[int, Pending] = {}  # this process's, by its id
+        self._pending = PerProcess(lambda: Pending(store, size, interval, max_bytes, clock))
 
     @property
     def pending(self) -> int:
@@ -170,14 +168,7 @@ class BufferedRedisStore:
         await self._store.aclose()
 
     def _mine(self) -> Pending:
-        """The running process's. What a parent left here is dropped unseen."""
-        pid = os.getpid()
-        buffer = self._buffers.get(pid)
-        if buffer is None:
-            buffer = self._buffers.setdefault(pid, self._make())
-            for other in self._buffers.keys() - {pid}:
-                self._buffers.pop(other, None)
-        return buffer
+        return self._pending.mine()
 
     def _forget(self, keys: Sequence[str]) -> tuple[dict[str, Held], int]:
         """Remove those of ``keys`` that are pending, and what they were to replace; how many were alive."""

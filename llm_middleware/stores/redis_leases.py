@@ -28,6 +28,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Final, NamedTuple
 
 from ..errors import ConfigError, StoreError
+from .per_process import PerProcess
 from .redis_connect import RedisConnection
 
 __all__ = ["RedisLeases", "lease_name"]
@@ -83,7 +84,9 @@ class RedisLeases:
         self._seconds = seconds
         self._milliseconds = math.ceil(seconds * 1e3)
         self._channel = channel
-        self._keepers: dict[int, _Keeper] = {}  # this process's, by its id
+        self._keepers = PerProcess(
+            lambda: _Keeper(self._connection, self._seconds / _BEATS, self._milliseconds)
+        )
 
     def claim(self, key: str, lease: str) -> tuple[str | None, bytes | None]:
         """Try to get ``lease``: its token, or None where another has it; and the value under ``key``, if any.
@@ -129,7 +132,7 @@ class RedisLeases:
 
         The leases may be used again.
         """
-        keeper = self._keepers.get(os.getpid())
+        keeper = self._keepers.made()
         if keeper is not None:
             keeper.close()
 
@@ -139,17 +142,7 @@ class RedisLeases:
         return len(self._mine().held)
 
     def _mine(self) -> _Keeper:
-        """The running process's. What a parent left here is dropped unseen."""
-        pid = os.getpid()
-        keeper = self._keepers.get(pid)
-        if keeper is None:
-            keeper = self._keepers.setdefault(
-                pid, _Keeper(self._connection, self._seconds / _BEATS, self._milliseconds)
-            )
-            for other in list(self._keepers):
-                if other != pid:
-                    self._keepers.pop(other, None)
-        return keeper
+        return self._keepers.mine()
 
     @contextlib.contextmanager
     def _claiming(self, lease: str) -> Iterator[tuple[_Keeper, str]]:

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 from collections.abc import Sequence
 from typing import Final
 
 from ..errors import StoreError
+from .per_process import PerProcess
 from .redis_connect import RedisConnection
 from .redis_limits_script import SCRIPT, SHA, Limit, Reply, Told, read_reply
 
@@ -68,7 +68,7 @@ class RedisLimits:
             "keep": round(max(_TTL, 2 * window) * 1e3),
             "shown": _SHOWN,
         }
-        self._outboxes: dict[int, _Outbox] = {}  # this process's, by its id
+        self._outboxes = PerProcess(lambda: _Outbox(self))
 
     def reserve(self, group: str, limits: Sequence[Limit], tokens: int) -> Reply:
         """Count a call of ``tokens`` tokens at the first of ``limits`` that has room and is not cooling."""
@@ -115,7 +115,7 @@ class RedisLimits:
     def close(self) -> None:
         """Tell what is to be told, and end the thread; waits a second for that at most. The limits may be
         used again."""
-        outbox = self._outboxes.get(os.getpid())
+        outbox = self._outboxes.made()
         if outbox is not None:
             outbox.close()
 
@@ -130,14 +130,7 @@ class RedisLimits:
                 client.execute_command("EVAL", SCRIPT, *arguments)
 
     def _mine(self) -> _Outbox:
-        """The running process's. What a parent left here is dropped unseen."""
-        pid = os.getpid()
-        outbox = self._outboxes.get(pid)
-        if outbox is None:
-            outbox = self._outboxes.setdefault(pid, _Outbox(self))
-            for other in [other for other in self._outboxes if other != pid]:
-                self._outboxes.pop(other, None)
-        return outbox
+        return self._outboxes.mine()
 
     def _arguments(
         self, group: str, limits: Sequence[Limit], tokens: int, batch: _Batch
