@@ -34,7 +34,7 @@ from ..errors import (
     did_you_mean,
 )
 
-__all__ = ["Decision", "Retries", "parse_retry_after", "policy_names", "read_policy"]
+__all__ = ["Decision", "Retries", "policy_names", "read_policy"]
 
 _LONGEST: Final = 60.0  # seconds that a call waits which has no deadline
 _TOLERANCE: Final = 0.1  # of a wait that is added at most, so that not all who wait come at once
@@ -80,40 +80,6 @@ def read_policy(policy: Mapping[str, int | None] | None, suffix: str, param: str
             raise ConfigError(f"{param}: {name}: expected a number >= 0, got {number!r}", param=param)
         numbers[name.removesuffix(suffix)] = number
     return numbers
-
-
-def parse_retry_after(headers: Mapping[str, str], epoch: float) -> float | None:
-    """Seconds until the provider wants to be asked again; None where it does not say so intelligibly.
-
-    ``headers``: names in lower case. ``epoch``: seconds since the epoch, now. Reads ``retry-after-ms``, then
-    ``retry-after`` as seconds, with a fraction or without, or as a date (RFC 9110, section 10.2.3).
-    """
-    milliseconds = _seconds(headers.get("retry-after-ms", ""))
-    if milliseconds is not None:
-        return milliseconds / 1e3
-    text = headers.get("retry-after", "")
-    seconds = _seconds(text)
-    return seconds if seconds is not None or not text else _until(text, epoch)
-
-
-def _seconds(text: str) -> float | None:
-    try:
-        value = float(text)
-    except ValueError:
-        return None
-    return value if 0 <= value < math.inf else None
-
-
-def _until(date: str, epoch: float) -> float | None:
-    from email.utils import mktime_tz, parsedate_tz  # on first use: few providers send dates
-
-    parsed = parsedate_tz(date)
-    if parsed is None:
-        return None
-    try:
-        return max(0.0, mktime_tz(parsed) - epoch)
-    except (ValueError, OverflowError):
-        return None
 
 
 @dataclass(frozen=True, slots=True)

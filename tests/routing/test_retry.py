@@ -18,7 +18,8 @@ from llm_middleware.errors import (
     UpstreamConnectionError,
     UpstreamServerError,
 )
-from llm_middleware.routing.retry import Decision, Retries, parse_retry_after
+from llm_middleware.providers.failures import retry_after
+from llm_middleware.routing.retry import Decision, Retries
 
 EPOCH = 1_445_412_475.0  # Wed, 21 Oct 2015 07:27:55 GMT
 
@@ -55,7 +56,7 @@ def after(
     ],
 )
 def test_r37_retry_after_is_read_to_the_fraction(headers: dict[str, str], seconds: float | None) -> None:
-    assert parse_retry_after(headers, EPOCH) == seconds
+    assert retry_after(headers, lambda: EPOCH) == seconds
 
 
 def test_r36_no_retry_beyond_the_deadline_and_the_word_of_the_provider_is_kept() -> None:
