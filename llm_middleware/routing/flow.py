@@ -74,12 +74,14 @@ class Asked:
 class RoutedCall:
     """One call on its way. ``route`` tells of it, also where it fails."""
 
-    def __init__(self, routing: Routing, port: Port, transport: Transport, asked: Asked, model: str) -> None:
+    def __init__(
+        self, routing: Routing, port: Port, transport: Transport, asked: Asked, route: RouteInfo
+    ) -> None:
         self.routing = routing
         self.port = port
         self.transport = transport
         self.asked = asked
-        self.route = RouteInfo(model)
+        self.route = route
         self.tokens = prompt_tokens(asked.body)
         general = routing.stream_timeout if asked.stream and routing.stream_timeout else routing.timeout
         allowed = general if asked.timeout is None else asked.timeout

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -167,13 +167,9 @@ class Router:
                     connection=connection,
                     may_use=own.get("may_use"),
                 ),
-                model,
+                route,
             )
-            try:
-                result = await routed.run()
-            finally:
-                for name in ("model", "deployment", "attempts", "fallback", "failures"):
-                    setattr(route, name, getattr(routed.route, name))
+            result = await routed.run()
             if not isinstance(result, bytes) and port is SYNC and caching:
                 return _Blocking(result)
             return result
@@ -186,16 +182,11 @@ class Router:
         )
         if not caching:
             return _shown(await call(body), None, route)
-        answer = await self._cached(port, kind, body, call, own.get("scope") or "")
+        assert self.cache is not None
+        answer = await self.cache._fetch(port, body, call, kind, own.get("scope") or "", None, True)
         if answer.streamed:
             return ModelStream(answer, answer.cache, route)
         return ModelResponse(answer.body, answer.cache, route)
-
-    async def _cached(
-        self, port: Port, kind: str, body: Mapping[str, object], call: Callable[..., object], scope: str
-    ) -> Answer:
-        assert self.cache is not None
-        return await self.cache._fetch(port, body, call, kind, scope, None, True)
 
 
 def _shown(result: object, cache: CacheInfo | None, route: RouteInfo) -> ModelResponse | ModelStream:
