@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LLMMiddlewareError
 from ..providers.messages import Outgoing, Reply, Timeouts
 from .http_decode import HAS_BROTLI
 from .http_errors import broken_off, deadline_passed, no_answer, no_connection, unreachable, unsendable
+from .http_reply import IteratedReply
 from .http_settings import HTTPSettings, Route, base_headers, basic
 from .http_stale import is_stale
 
@@ -70,7 +71,7 @@ class AiohttpClient:
         await self._session.close()
 
 
-class _Reply:
+class _Reply(IteratedReply):
     """A `Reply`, and the iterator over its own body."""
 
     __slots__ = ("_response", "_timeouts", "headers", "status")
@@ -90,12 +91,6 @@ class _Reply:
         except BaseException:
             self._response.close()
             raise
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
 
     async def __anext__(self) -> bytes:
         try:

@@ -27,6 +27,7 @@ from .http_errors import (
     unreachable,
     unsendable,
 )
+from .http_reply import IteratedReply
 from .http_settings import HTTPSettings, Route, base_headers, basic
 from .http_turns import LoopTurns, ThreadTurns
 
@@ -184,7 +185,7 @@ class AsyncHttpxClient(_Client):
             await transport.aclose()
 
 
-class _AsyncReply:
+class _AsyncReply(IteratedReply):
     """A `Reply`, and the iterator over its own body."""
 
     def __init__(
@@ -198,15 +199,6 @@ class _AsyncReply:
         self._turns: LoopTurns | None = turns
         self._decoder = _decoder(response)
         self._body: AsyncIterator[bytes] = response.aiter_raw() if self._decoder else response.aiter_bytes()
-
-    async def read(self) -> bytes:
-        return b"".join([chunk async for chunk in self])
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
 
     async def __anext__(self) -> bytes:
         try:
@@ -291,7 +283,7 @@ def _close_all(transports: dict[Any, Any]) -> None:
         transports.popitem()[1].close()
 
 
-class _SyncReply:
+class _SyncReply(IteratedReply):
     """A `Reply` whose coroutines never suspend, and the iterator over its own body."""
 
     def __init__(
@@ -305,15 +297,6 @@ class _SyncReply:
         self._turns: ThreadTurns | None = turns
         self._decoder = _decoder(response)
         self._body: Iterator[bytes] = response.iter_raw() if self._decoder else response.iter_bytes()
-
-    async def read(self) -> bytes:
-        return b"".join([chunk async for chunk in self])
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
 
     async def __anext__(self) -> bytes:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -28,6 +28,7 @@ from .http_errors import (
     unsendable,
 )
 from .http_pool import Pool
+from .http_reply import IteratedReply
 from .http_settings import HTTPSettings, Route, base_headers, basic
 
 __all__ = ["StdlibClient"]
@@ -275,7 +276,7 @@ def _proxy_credentials(proxy: str) -> dict[str, str]:
     return {"proxy-authorization": value}
 
 
-class _Reply:
+class _Reply(IteratedReply):
     """A `Reply` whose coroutines never suspend, and the iterator over its own body."""
 
     __slots__ = ("_answer", "_connection", "_decoder", "_origin", "_pool", "headers", "status")
@@ -297,12 +298,6 @@ class _Reply:
         while piece := self._next():
             pieces.append(piece)
         return b"".join(pieces)
-
-    def chunks(self) -> AsyncIterator[bytes]:
-        return self
-
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self
 
     async def __anext__(self) -> bytes:
         if piece := self._next():
