@@ -105,18 +105,19 @@ class Lookup:
         """A stored answer that fits, or None."""
         if plan.items:
             return (await self._look_batch(port, plan, header)).found
-        if self.tiers.recents:
-            await self.tiers.bring_recent(port, plan)
-        entry, tier = await self.tiers.get(port, plan.kind, plan.key)
+        entry, tier = await self._entry(port, plan)
         return None if entry is None else select(entry, plan, self.clock(), tier, header)
 
     async def look(self, port: Port, plan: Plan, header: Header) -> Opened:
         if plan.items:
             return await self._look_batch(port, plan, header)
+        entry, tier = await self._entry(port, plan)
+        return Opened() if entry is None else self.judge(entry, plan, tier, header)
+
+    async def _entry(self, port: Port, plan: Plan) -> tuple[Entry | None, str]:
         if self.tiers.recents:
             await self.tiers.bring_recent(port, plan)
-        entry, tier = await self.tiers.get(port, plan.kind, plan.key)
-        return Opened() if entry is None else self.judge(entry, plan, tier, header)
+        return await self.tiers.get(port, plan.kind, plan.key)
 
     def judge(self, entry: Entry, plan: Plan, tier: str, header: Header) -> Opened:
         """What a stored entry is good for."""

@@ -10,7 +10,6 @@ second one.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -20,7 +19,7 @@ from ..types import Clock
 from .redis_connect import RedisConnection
 from .redis_leases import RedisLeases
 from .redis_peers import RedisPeers
-from .redis_plan import Command, Plan, Step, arun, pipeline, run, send
+from .redis_plan import Command, Plan, Step, arun, milliseconds, pipeline, run, send
 from .redis_recent import RecentEntries
 from .redis_scan import Page, scan_heads, scan_keys
 
@@ -33,7 +32,6 @@ T = TypeVar("T")
 Kept = tuple[str, bytes, float | None]
 
 _NOBODY: Final[Mapping[str, str]] = {}
-_MOST_MS: Final = 2.0**53  # from here on a time to live is for ever: Redis refuses it
 
 
 class RedisStore:
@@ -303,11 +301,10 @@ def _ask_one(command: str, clustered: bool) -> Step:
 
 
 def _set_command(key: str, value: bytes, ttl: float | None) -> Command:
-    if ttl is None or ttl * 1e3 >= _MOST_MS:
-        return ("SET", key, value)
-    if ttl <= 0:
+    if ttl is not None and ttl <= 0:
         return ("UNLINK", key)
-    return ("SET", key, value, "PX", math.ceil(ttl * 1e3))
+    lives = milliseconds(ttl)
+    return ("SET", key, value) if lives is None else ("SET", key, value, "PX", lives)
 
 
 def _groups(keys: Sequence[str], clustered: bool) -> list[list[str]]:

@@ -8,19 +8,27 @@ budget. What goes wrong in one is a `StoreError`, raised where it was yielded: a
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, Final, TypeAlias, TypeVar
 
 from ..errors import StoreError
 from .redis_connect import RedisConnection
 
-__all__ = ["Command", "Plan", "Step", "arun", "one", "pipeline", "run", "send"]
+__all__ = ["Command", "Plan", "Step", "arun", "milliseconds", "one", "pipeline", "run", "send"]
 
 T = TypeVar("T")
 
 Command: TypeAlias = tuple[bytes | str | int, ...]
 Step: TypeAlias = Callable[[Any], Any]
 Plan: TypeAlias = Generator[Step, Any, T]
+
+_MOST_MS: Final = 2.0**53  # from here on a time to live is for ever: Redis refuses it
+
+
+def milliseconds(ttl: float | None) -> int | None:
+    """A time to live in seconds as Redis takes it; None: for ever."""
+    return None if ttl is None or ttl * 1e3 >= _MOST_MS else math.ceil(ttl * 1e3)
 
 
 def run(connection: RedisConnection, plan: Plan[T]) -> T:

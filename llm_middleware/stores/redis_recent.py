@@ -10,16 +10,14 @@ no more than names, and end by themselves.
 
 from __future__ import annotations
 
-import math
 from typing import Any, Final
 
 from ..errors import StoreError
 from .redis_connect import RedisConnection
-from .redis_plan import Command, Plan, arun, one, pipeline, run
+from .redis_plan import Command, Plan, arun, milliseconds, one, pipeline, run
 
 __all__ = ["RecentEntries"]
 
-_MOST_MS: Final = 2.0**53  # from here on a time to live is for ever: Redis refuses it
 _MOST_BYTES: Final = 4 * 2**20  # what comes at once: a budget of 0.25 s has room for it on any local network
 
 # The digits to the front, and the index kept for as long as any of its entries. PTTL: -2 for no index, -1 for
@@ -95,18 +93,18 @@ class RecentEntries:
             return []
         if ttl is not None and ttl <= 0:
             return [("LREM", index, 0, name)]
-        milliseconds = "" if ttl is None or ttl * 1e3 >= _MOST_MS else str(math.ceil(ttl * 1e3))
+        lives = milliseconds(ttl)
         if not self._connection.clustered:
-            return [("EVAL", _NOTE, 1, index, name, self._most, milliseconds)]
+            return [("EVAL", _NOTE, 1, index, name, self._most, "" if lives is None else lives)]
         moved: list[Command] = [
             ("LREM", index, 0, name),
             ("LPUSH", index, name),
             ("LTRIM", index, 0, self._most - 1),
         ]
-        if not milliseconds:
+        if lives is None:
             return [*moved, ("PERSIST", index)]
         # GT alone would leave a new index without end.
-        return [*moved, *(("PEXPIRE", index, milliseconds, flag) for flag in ("NX", "GT"))]
+        return [*moved, *(("PEXPIRE", index, lives, flag) for flag in ("NX", "GT"))]
 
     def recent(self, owner: str) -> list[tuple[str, bytes]]:
         """The keys and values of what is still there, newest first. Raises `StoreError`.
