@@ -25,7 +25,6 @@ from llm_middleware.stores.s3 import S3Store
 from tests import s3_services
 from tests.s3_services import S3Server
 from tests.services import FACES, HOST, FaultProxy, RedisCluster, RedisServer, SyncFace, redis_cluster
-from tests.services import redis_server as running_redis
 
 moto, swift = s3_services.moto, s3_services.swift  # fixtures
 
@@ -64,19 +63,6 @@ def face(request: pytest.FixtureRequest) -> Iterator[SyncFace]:
     made = FACES[request.param]()
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with running_redis() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    shared.ask("FLUSHALL")
-    shared.ask("CONFIG", "RESETSTAT")
-    return shared
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ from tests.services import (
     RedisCluster,
     RedisServer,
     SyncFace,
-    redis_cluster,
     redis_server,
     wait_for,
 )
@@ -57,26 +56,6 @@ def face(request: pytest.FixtureRequest) -> Iterator[SyncFace]:
     made = FACES[request.param]()
     yield made
     made.close()
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    """One server, empty and as if nothing had been asked of it."""
-    shared.ask("FLUSHALL")
-    shared.ask("CONFIG", "RESETSTAT")
-    return shared
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisCluster]:
-    with redis_cluster() as made:
-        yield made
 
 
 @pytest.fixture

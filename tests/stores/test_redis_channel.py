@@ -77,12 +77,6 @@ def listening(settings: dict[str, object], **options: object) -> Iterator[Heard]
         yield heard
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
 @pytest.fixture
 def server(shared: RedisServer) -> RedisServer:
     wait_for(lambda: subscribers(shared) == 0, "nobody listens from before")

@@ -27,7 +27,6 @@ from tests.services import (
     HOST,
     FaultProxy,
     RedisCluster,
-    RedisSentinels,
     RedisServer,
     SyncFace,
     redis_cluster,
@@ -81,21 +80,6 @@ def face(request: pytest.FixtureRequest) -> Iterator[SyncFace]:
     made.close()
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[RedisServer]:
-    with redis_server() as server:
-        yield server
-
-
-@pytest.fixture
-def server(shared: RedisServer) -> RedisServer:
-    """One server, empty and as if nothing had been asked of it."""
-    shared.ask("FLUSHALL")
-    shared.ask("SCRIPT", "FLUSH")
-    shared.ask("CONFIG", "RESETSTAT")
-    return shared
-
-
 @pytest.fixture
 def settings(server: RedisServer) -> dict[str, object]:
     return {"host": HOST, "port": server.port}
@@ -104,18 +88,6 @@ def settings(server: RedisServer) -> dict[str, object]:
 @pytest.fixture
 def proxy(server: RedisServer) -> Iterator[FaultProxy]:
     with FaultProxy(server.port) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def sentinels() -> Iterator[RedisSentinels]:
-    with redis_sentinel() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisCluster]:
-    with redis_cluster() as made:
         yield made
 
 

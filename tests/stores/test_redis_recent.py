@@ -15,7 +15,6 @@ from tests.services import (
     FaultProxy,
     RedisCluster,
     RedisServer,
-    redis_cluster,
     redis_sentinel,
     redis_server,
     wait_for,
@@ -69,12 +68,6 @@ class Redis:
 @pytest.fixture(scope="module")
 def server() -> Iterator[RedisServer]:
     with redis_server() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RedisCluster]:
-    with redis_cluster() as made:
         yield made
 
 
