@@ -39,8 +39,11 @@ REDIS_PATHS = ("redis_hit", "memory_tier", "cold_fleet")
 # This one starts moto.
 S3_PATHS = ("s3_store",)
 
+# This one starts redis-server too.
+ROUTER_PATHS = ("router_call",)
+
 # By the name of their place in the page.
-_TABLES = {"table": PATHS, "Redis table": REDIS_PATHS, "S3 table": S3_PATHS}
+_TABLES = {"table": PATHS, "Redis table": REDIS_PATHS, "S3 table": S3_PATHS, "Router table": ROUTER_PATHS}
 
 
 def _rows(names: list[str]) -> list[Row]:
@@ -69,6 +72,7 @@ _USED = {
     "table": ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "flask"),
     "Redis table": ("redis", "hiredis", "uvicorn", "uvloop", "httptools", "gunicorn"),
     "S3 table": ("boto3", "obstore", "moto"),
+    "Router table": ("aiohttp", "redis", "hiredis"),
 }
 
 

@@ -8,13 +8,9 @@ same exchange over the bare sockets of as many connections: of asyncio's protoco
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import socket
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from typing import Any, cast
 
 from llm_middleware._drive import run_sync
@@ -23,72 +19,29 @@ from llm_middleware._ports.http_settings import HTTPSettings
 from llm_middleware._ports.http_sync import SyncTransport
 from llm_middleware.providers.messages import Outgoing, Timeouts
 
-from .harness import Row, compare, quick, show
+from .harness import Row, compare, show
+from .upstream import (
+    BODY,
+    HEADERS,
+    REQUEST,
+    RESPONSE,
+    TASKS,
+    THREADS,
+    Call,
+    Close,
+    Make,
+    aiohttp_alone,
+    async_sample,
+    thread_sample,
+    upstream,
+)
 
 __all__ = ["results"]
 
-_TASKS = (1, 16, 64, 200)
-_THREADS = (1, 16)
-_CALLS = 400  # in one sample
-_REQUEST = b'{"model":"gpt-4o","messages":[{"role":"user","content":"' + b"q" * 950 + b'"}]}'
-_HEADERS = {"authorization": "Bearer sk-0123456789abcdef0123456789abcdef", "content-type": "application/json"}
-_BODY = b'{"id":"x","choices":[{"message":{"role":"assistant","content":"' + b"a" * 900 + b'"}}]}'
-_ANSWER = (
-    b"HTTP/1.1 200 OK\r\ndate: Thu, 01 Jan 2026 12:00:00 GMT\r\ncontent-type: application/json\r\n"
-    b"content-length: %d\r\nconnection: keep-alive\r\nserver: upstream\r\nopenai-processing-ms: 412\r\n"
-    b"openai-version: 2020-10-01\r\nx-ratelimit-limit-requests: 10000\r\n"
-    b"x-ratelimit-remaining-requests: 9999\r\nx-ratelimit-reset-requests: 6ms\r\nx-request-id: req_0123\r\n"
-    b"strict-transport-security: max-age=31536000\r\n\r\n" % len(_BODY)
-) + _BODY
 _WIRE = (
     b"POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-length: %d\r\n%s\r\n"
-    % (len(_REQUEST), b"".join(f"{name}: {value}\r\n".encode() for name, value in _HEADERS.items()))
-) + _REQUEST
-
-Call = Callable[[], Awaitable[bytes]]
-Close = Callable[[], Awaitable[None]]
-Make = Callable[[int], tuple[Call, Close]]
-
-
-class _Upstream(asyncio.Protocol):
-    """Answers when as many bytes have come as are left of a head and its body."""
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast("asyncio.Transport", transport)
-        self._kept = b""
-
-    def data_received(self, data: bytes) -> None:
-        self._kept += data
-        head, end, body = self._kept.partition(b"\r\n\r\n")
-        if end:
-            length = int(head.lower().partition(b"content-length:")[2].partition(b"\r\n")[0])
-            if len(body) >= length:
-                self._kept = body[length:]
-                self._transport.write(_ANSWER)
-
-
-def _serve(port: Connection) -> None:
-    import uvloop
-
-    async def main() -> None:
-        server = await asyncio.get_running_loop().create_server(_Upstream, "127.0.0.1", 0, backlog=1024)
-        port.send(server.sockets[0].getsockname()[1])
-        await server.serve_forever()
-
-    uvloop.run(main())
-
-
-@contextmanager
-def _upstream() -> Iterator[int]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    try:
-        yield ours.recv()
-    finally:
-        process.terminate()
-        process.join()
+    % (len(REQUEST), b"".join(f"{name}: {value}\r\n".encode() for name, value in HEADERS.items()))
+) + REQUEST
 
 
 class _Bare(asyncio.Protocol):
@@ -105,8 +58,8 @@ class _Bare(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._got += data
-        if len(self._got) >= len(_ANSWER):
-            self._answer.set_result(self._got[-len(_BODY) :])
+        if len(self._got) >= len(RESPONSE):
+            self._answer.set_result(self._got[-len(BODY) :])
 
 
 def _bare(port: int) -> tuple[Call, Close]:
@@ -132,25 +85,11 @@ def _ours(client: str) -> Make:
         url, timeouts = f"http://127.0.0.1:{port}/v1/chat/completions", Timeouts(total=60.0)
 
         async def call() -> bytes:
-            return await (await transport.send(Outgoing(url, _HEADERS, _REQUEST), timeouts)).read()
+            return await (await transport.send(Outgoing(url, HEADERS, REQUEST), timeouts)).read()
 
         return call, transport.aclose
 
     return make
-
-
-def _aiohttp(port: int) -> tuple[Call, Close]:
-    import aiohttp
-
-    jar = aiohttp.DummyCookieJar()
-    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1000), cookie_jar=jar)
-
-    async def call() -> bytes:
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        async with session.post(url, data=_REQUEST, headers=_HEADERS) as response:
-            return await response.read()
-
-    return call, session.close
 
 
 def _httpx_like(package: str) -> Make:
@@ -165,39 +104,13 @@ def _httpx_like(package: str) -> Make:
 
         async def call() -> bytes:
             url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            answer = await client.post(url, content=_REQUEST, headers=_HEADERS)
+            answer = await client.post(url, content=REQUEST, headers=HEADERS)
             body: bytes = answer.content
             return body
 
         return call, client.aclose
 
     return make
-
-
-def _async_sample(runner: asyncio.Runner, make: Make, port: int, tasks: int) -> Callable[[], float]:
-    """A sample of ``tasks`` calls at a time, on a loop that stays, over connections that stay."""
-    calls = max(_CALLS // (4 if quick() else 1), tasks)
-    made: list[Call] = []
-
-    async def work(left: list[None]) -> None:
-        while left:
-            left.pop()
-            if len(await made[0]()) != len(_BODY):
-                raise RuntimeError("not the answer")
-
-    async def several() -> None:
-        if not made:
-            call, _ = make(port)
-            made.append(call)
-        left = [None] * calls
-        await asyncio.gather(*(work(left) for _ in range(tasks)))
-
-    def sample() -> float:
-        began = time.process_time()
-        runner.run(several())
-        return (time.process_time() - began) / calls
-
-    return sample
 
 
 class _BareThreads:
@@ -213,9 +126,9 @@ class _BareThreads:
             sock = self._own.sock = socket.create_connection(("127.0.0.1", self._port))
         sock.sendall(_WIRE)
         got = b""
-        while len(got) < len(_ANSWER):
+        while len(got) < len(RESPONSE):
             got += sock.recv(65536)
-        return got[-len(_BODY) :]
+        return got[-len(BODY) :]
 
 
 def _ours_sync(client: str, port: int) -> Callable[[], bytes]:
@@ -223,7 +136,7 @@ def _ours_sync(client: str, port: int) -> Callable[[], bytes]:
     url, timeouts = f"http://127.0.0.1:{port}/v1/chat/completions", Timeouts(total=60.0)
 
     async def call() -> bytes:
-        return await (await transport.send(Outgoing(url, _HEADERS, _REQUEST), timeouts)).read()
+        return await (await transport.send(Outgoing(url, HEADERS, REQUEST), timeouts)).read()
 
     return lambda: run_sync(call())
 
@@ -233,7 +146,7 @@ def _urllib3(port: int) -> Callable[[], bytes]:
 
     pool = urllib3.PoolManager(maxsize=64, block=True)
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
-    return lambda: pool.request("POST", url, body=_REQUEST, headers=_HEADERS, redirect=False).data
+    return lambda: pool.request("POST", url, body=REQUEST, headers=HEADERS, redirect=False).data
 
 
 def _httpx_sync(package: str, port: int) -> Callable[[], bytes]:
@@ -243,32 +156,10 @@ def _httpx_sync(package: str, port: int) -> Callable[[], bytes]:
     url = f"http://127.0.0.1:{port}/v1/chat/completions"
 
     def call() -> bytes:
-        body: bytes = client.post(url, content=_REQUEST, headers=_HEADERS).content
+        body: bytes = client.post(url, content=REQUEST, headers=HEADERS).content
         return body
 
     return call
-
-
-def _thread_sample(call: Callable[[], bytes], threads: int) -> Callable[[], float]:
-    """A sample of ``threads`` that each make their share of the calls; a thread's start is in the cost of
-    every candidate alike."""
-    share = _CALLS // (4 if quick() else 1) // threads
-
-    def work() -> None:
-        for _ in range(share):
-            if len(call()) != len(_BODY):
-                raise RuntimeError("not the answer")
-
-    def sample() -> float:
-        began = time.process_time()
-        running = [threading.Thread(target=work) for _ in range(threads)]
-        for thread in running:
-            thread.start()
-        for thread in running:
-            thread.join()
-        return (time.process_time() - began) / (share * threads)
-
-    return sample
 
 
 _BARE = "bare sockets"
@@ -276,7 +167,7 @@ _ASYNC: dict[str, Make] = {
     _BARE: _bare,
     "AsyncTransport": _ours("auto"),
     "AsyncTransport(client='httpx')": _ours("httpx"),
-    "aiohttp alone": _aiohttp,
+    "aiohttp alone": aiohttp_alone,
     "httpx alone": _httpx_like("httpx"),
     "httpx2 alone": _httpx_like("httpx2"),
     "httpx over httpx-aiohttp": _httpx_like("httpx_aiohttp"),
@@ -295,11 +186,11 @@ _GOALS = {"AsyncTransport": ("aiohttp alone", 1.3), "SyncTransport": ("urllib3 a
 
 def results() -> list[Row]:
     rows: list[Row] = []
-    with _upstream() as port:
-        for tasks in _TASKS:
+    with upstream() as port:
+        for tasks in TASKS:
             rows += _async_rows(port, tasks)
-        for threads in _THREADS:
-            candidates = {name: _thread_sample(make(port), threads) for name, make in _SYNC.items()}
+        for threads in THREADS:
+            candidates = {name: thread_sample(make(port), threads, len(BODY)) for name, make in _SYNC.items()}
             rows += _rows(candidates, f"{threads} threads" if threads > 1 else "1 thread")
     return rows
 
@@ -317,7 +208,7 @@ def _async_rows(port: int, tasks: int) -> list[Row]:
             return making
 
         candidates = {
-            name: _async_sample(runner, kept(make), port, tasks)
+            name: async_sample(runner, kept(make), port, tasks, len(BODY))
             for name, make in _ASYNC.items()
             if name != "httpx over httpx-aiohttp" or _is_there("httpx_aiohttp")
         }

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         SuspendedInSyncError,
     )
     from .events import Event
+    from .routing.response import ModelResponse, ModelStream, RouteInfo
+    from .routing.router import Router
     from .stores.disk import DiskStore
     from .stores.memory import MemoryStore
     from .types import Store
@@ -42,6 +44,10 @@ __all__ = [
     "InvalidRequestError",
     "LLMMiddlewareError",
     "MemoryStore",
+    "ModelResponse",
+    "ModelStream",
+    "RouteInfo",
+    "Router",
     "Store",
     "StoreError",
     "SuspendedInSyncError",
@@ -60,6 +66,8 @@ _HOMES = {
     "DiskStore": ".stores.disk",
     "Event": ".events",
     "MemoryStore": ".stores.memory",
+    "Router": ".routing.router",
+    **dict.fromkeys(("ModelResponse", "ModelStream", "RouteInfo"), ".routing.response"),
     "Store": ".types",
     **dict.fromkeys(
         ("cached", "default_cache", "disable_cache", "enable_cache", "update_cache"), ".caching.default"

@@ -8,6 +8,15 @@
       UpstreamAnswerError             502   the provider's answer is not one to what it was asked
       StoreError                      503   a store failed; never reaches a user's request
         CorruptEntryError             503   stored bytes that are not an entry of ours
+        KeyStoreUnavailable           503   API keys cannot be looked up: nothing is known of the caller
+      APIKeyError                     401   the caller's API key does not allow the request:
+        InvalidKeyError               401   nobody's, or missing
+        ExpiredKeyError               401   its time is over
+        BlockedKeyError               403   blocked by an administrator
+        KeyPermissionError            403   it may not do this
+        KeyNotFoundError              404   an administrator named a key that there is not
+        KeyLimitError                 429   its limit of requests, tokens or calls at a time is reached
+          BudgetExceededError         429   its budget is used up
       SuspendedInSyncError            500   an async callable was handed to a sync method
       ProviderError                   502   a provider could not answer, in the words of its class:
         BadRequestError               400   the request is wrong, and would be everywhere
@@ -36,16 +45,25 @@ from collections.abc import Iterable
 
 __all__ = [
     "NOT_CACHED",
+    "APIKeyError",
     "AuthenticationError",
     "BadRequestError",
+    "BlockedKeyError",
+    "BudgetExceededError",
     "CacheMissError",
     "ConfigError",
     "ContentPolicyError",
     "ContextWindowExceededError",
     "CorruptEntryError",
     "DeadlineError",
+    "ExpiredKeyError",
     "FlightAbandonedError",
+    "InvalidKeyError",
     "InvalidRequestError",
+    "KeyLimitError",
+    "KeyNotFoundError",
+    "KeyPermissionError",
+    "KeyStoreUnavailable",
     "LLMMiddlewareError",
     "ModelNotFoundError",
     "NoCapacityError",
@@ -148,6 +166,77 @@ class CorruptEntryError(StoreError):
     code = "corrupt_entry"
 
 
+class KeyStoreUnavailable(StoreError):  # noqa: N818 - it says what is so
+    """API keys cannot be looked up at this moment, so nobody can say whether this one is right."""
+
+    code = "key_store_unavailable"
+
+
+class APIKeyError(LLMMiddlewareError):
+    """The caller's API key does not allow the request. No message holds a key."""
+
+    status = 401
+    type = "authentication_error"
+
+
+class InvalidKeyError(APIKeyError):
+    """The API key is nobody's, or there is none."""
+
+    type = "invalid_request_error"  # with this code, what OpenAI says
+    code = "invalid_api_key"
+
+
+class ExpiredKeyError(APIKeyError):
+    """The time of the API key is over."""
+
+    code = "expired_key"
+
+
+class BlockedKeyError(APIKeyError):
+    """An administrator has blocked the API key."""
+
+    status = 403
+    type = "permission_error"
+    code = "blocked_key"
+
+
+class KeyPermissionError(APIKeyError):
+    """The API key does not allow this model, this control or this operation; ``param`` names the field."""
+
+    status = 403
+    type = "permission_error"
+    code = "key_not_allowed"
+
+
+class KeyNotFoundError(APIKeyError):
+    """There is no such API key to be managed."""
+
+    status = 404
+    type = "invalid_request_error"
+    code = "key_not_found"
+
+
+class KeyLimitError(APIKeyError):
+    """A limit of the API key is reached. ``retry_after``: seconds until there is room again; None where
+    nobody knows, or there never will be for a request of this size."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float | None = None, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.retry_after = retry_after
+
+
+class BudgetExceededError(KeyLimitError):
+    """The budget of the API key is used up, or may be by the calls in flight; ``retry_after``: until it is
+    renewed."""
+
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+
+
 class SuspendedInSyncError(LLMMiddlewareError, RuntimeError):
     """A sync method met something that must be awaited; use the async twin (``afetch``, ``aget`` ...)."""
 
@@ -158,12 +247,13 @@ class ProviderError(LLMMiddlewareError):
     """What a provider said instead of an answer.
 
     ``status``: the provider's own where it gave one. ``code``, ``type`` and ``param`` likewise.
-    ``retry_after``: seconds until it may be asked again, where that is known. ``message`` names no URL, key
-    or deployment.
+    ``retry_after``: seconds until it may be asked again, where that is known. ``route``: from a Router, what
+    was tried (`RouteInfo`). ``message`` names no URL, key or deployment.
     """
 
     status = 502
     code = "provider_error"
+    route: object = None
 
     def __init__(
         self,

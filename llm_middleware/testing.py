@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from ._fake_payloads import Json, Stamp
 from ._fake_server import Call, Failure, FakeServer
@@ -87,7 +87,7 @@ class FakeUpstream:
 
     # Running ------------------------------------------------------------------------------------
 
-    def start(self) -> FakeUpstream:
+    def start(self) -> Self:
         """Listen; requests are answered from here on."""
         if self._server is None:
             self._server = FakeServer(self, self._port)
@@ -101,7 +101,7 @@ class FakeUpstream:
         if server is not None:
             server.stop()
 
-    def __enter__(self) -> FakeUpstream:
+    def __enter__(self) -> Self:
         return self.start()
 
     def __exit__(

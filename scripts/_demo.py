@@ -19,6 +19,9 @@ import httpx
 import openai
 from openai.types.chat import ChatCompletionMessageParam
 
+from llm_middleware import CacheManager
+from llm_middleware.routing.response import RouteInfo
+from llm_middleware.routing.router import Router
 from llm_middleware.testing import FakeUpstream
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +54,16 @@ class Timed:
     ms: float
     first_byte_ms: float = 0.0
     content: object = None
+
+
+@dataclass
+class Routed:
+    """An answer of the Router, and its way."""
+
+    state: str
+    route: RouteInfo
+    ms: float
+    content: str
 
 
 class Show:
@@ -159,6 +172,73 @@ class Show:
         return Timed(response.headers["x-llm-cache"], response.headers, ms_since(started), first, events)
 
 
+class Failover:
+    """The scenes of a Router in this process, over two providers. It asks ``first`` while that one can."""
+
+    def __init__(self, first: FakeUpstream, second: FakeUpstream) -> None:
+        self.first, self.second = first, second
+        rows = [
+            {
+                "model_name": MODEL,
+                "litellm_params": {
+                    "model": f"openai/{MODEL}",
+                    "api_key": "sk-demo",
+                    "api_base": upstream.url,
+                    "order": order,
+                },
+                "model_info": {"id": name},
+            }
+            for order, (name, upstream) in enumerate({"first": first, "second": second}.items())
+        ]
+        self.router = Router(rows, cache=CacheManager(ttl=600))
+
+    def run(self) -> None:
+        for _ in range(2):  # connects, and loads what is loaded late
+            self.ask("Are you there?")
+            self.ask_stream("Are you there?")
+        self.show("both are well", self.ask("Which of you is it?"), "first")
+        self.first.fail_next(500)
+        self.show("it answers 500", self.ask("And now?"), "second", "upstream_error")
+        self.first.cut_stream_after(1)
+        broken = self.ask_stream("Tell me a story")
+        self.show("its stream breaks", broken, "second", "connection_error")
+        self.first.stop()
+        self.show("it is gone", self.ask("Still there?"), "second", "connection_error")
+        self.second.stop()
+        before = self.first.count + self.second.count
+        again = self.ask_stream("Tell me a story")
+        self.show("both are gone", again, None)
+        check(again.content == broken.content, "the hit is the same stream")
+        check(self.first.count + self.second.count == before, "a hit calls nobody")
+        self.router.close()
+
+    def ask(self, prompt: str) -> Routed:
+        started = time.perf_counter()
+        answer = self.router.completion(MODEL, says(prompt))
+        content = answer.choices[0].message.content
+        return Routed(answer.cache.status, answer.route, ms_since(started), content)
+
+    def ask_stream(self, prompt: str) -> Routed:
+        started = time.perf_counter()
+        stream = self.router.completion(MODEL, says(prompt), stream=True)
+        chunks = list(stream)
+        check(chunks[-1].choices[0].finish_reason == "stop", "the stream is complete")
+        content = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+        return Routed(stream.cache.status, stream.route, ms_since(started), content)
+
+    def show(self, title: str, answer: Routed, by: str | None, *codes: str) -> None:
+        """Print who answered, and check that it is ``by``, after failures of the first with ``codes``."""
+        route = answer.route
+        failed = "".join(f" after {name}'s {code}" for name, code in route.failures)
+        who = f"by {route.deployment}{failed}; attempts: {route.attempts}" if by else "from the cache"
+        line(title, answer.state, answer.ms, who)
+        check(answer.state == ("miss" if by else "hit"), f"{title}: hit or miss")
+        check(route.deployment == by, f"{title}: answered by {by}")
+        check(route.failures == [("first", code) for code in codes], f"{title}: after {codes}")
+        check(route.attempts == (len(codes) + 1 if by else 0), f"{title}: no more attempts than that takes")
+        check(bool(answer.content), f"{title}: there is an answer")
+
+
 def says(prompt: str) -> list[ChatCompletionMessageParam]:
     return [{"role": "user", "content": prompt}]
 
@@ -218,6 +298,9 @@ def main() -> int:
             print(f"\n{name}:  {command.split()[-1]}")
             with serving(command, upstream) as base_url:
                 Show(base_url, upstream).run()
+    print("\nA provider fails:  a Router over two of them, in this process")
+    with FakeUpstream(latency=LATENCY_S) as first, FakeUpstream(latency=LATENCY_S) as second:
+        Failover(first, second).run()
     print(f"\n{len(failures)} claims were false." if failures else "\nAll of this was checked, and holds.")
     return 1 if failures else 0
 

@@ -20,7 +20,8 @@ MODULES = sorted(ROOT.rglob("*.py"))
 LAYERS = [
     {"asgi", "wsgi"},
     {"api"},
-    {"routing"},
+    {"config", "cli"},
+    {"routing", "keys"},
     {"caching"},
     {"_ports"},
     {"providers", "stores"},
@@ -40,11 +41,12 @@ THIRD_PARTY = {
     "obstore",
     "pydantic",
     "redis",
+    "sqlalchemy",
     "starlette",
     "werkzeug",
     "yaml",
 }
-CORE = {"caching", "routing", "providers", "_drive", "api", "errors", "types", "events"}
+CORE = {"caching", "routing", "providers", "_drive", "api", "keys", "errors", "types", "events"}
 
 
 def room(module: Path) -> str:

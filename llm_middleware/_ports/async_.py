@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from typing import TypeVar
 
-from ..errors import StoreError
+from ..errors import DeadlineError, StoreError
 
 __all__ = ["AsyncPort"]
+
+T = TypeVar("T")
 
 # Tasks that nobody awaits are held here: the loop itself keeps only weak references.
 _background: set[asyncio.Task[object]] = set()
@@ -81,6 +84,18 @@ class AsyncPort:
     async def pull(self, function: Callable[[], None]) -> None:
         # Shielded: a reader that leaves must not leave the function queued and never run.
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, function))
+
+    async def blocking(self, function: Callable[..., T], *args: object) -> T:
+        return await asyncio.to_thread(function, *args)
+
+    async def bounded(self, work: Coroutine[object, object, T], seconds: float | None) -> T:
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                return await work
+        except TimeoutError as exc:
+            if not limit.expired():
+                raise
+            raise DeadlineError("no answer before the deadline") from exc
 
     def beside(self, function: Callable[[], object]) -> None:
         try:

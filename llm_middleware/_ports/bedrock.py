@@ -1,4 +1,6 @@
-"""`BedrockSigner`: requests to Bedrock with AWS's signature, by the credentials that boto3 finds."""
+"""`BedrockSigner`: requests to Bedrock with AWS's signature, by the credentials that boto3 finds. It is the
+`Signer` of `providers.adapters`.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ..errors import AuthenticationError, ConfigError
+from ..providers.connection import AWS_IDENTITIES
 from ..providers.messages import Outgoing
 from ..providers.target import Target
 
@@ -24,9 +27,9 @@ _NAMES: Final = (
     "aws_session_name",
 )
 _MOST: Final = 256  # sessions that are kept
-_OWN: Final = ("aws_access_key_id", "aws_profile_name", "aws_role_name")
 _AWS: Final = (".amazonaws.com", ".amazonaws.com.cn", ".api.aws")
 _ELSEWHERE: Final = "credentials of the environment go to AWS only: the deployment needs its own"
+_NOT_YOURS: Final = "a request with an address or a key of its own needs all of its AWS credentials"
 _SIGNED: Final = ("authorization", "x-amz-date", "x-amz-security-token")
 
 
@@ -34,12 +37,24 @@ class BedrockSigner:
     """Signs for any number of deployments, from any thread. Nothing is imported before it is used, and
     credentials that expire are renewed in time.
 
-    All of it may block while credentials are fetched: call it in a thread where that matters.
+    It may block while credentials are fetched, unless `ready` says that they are here: call it in a thread
+    where that matters.
     """
 
     def __init__(self) -> None:
         self._sessions: dict[tuple[object, ...], tuple[Any, Any]] = {}
-        self._lock = threading.Lock()
+        self._opening: dict[tuple[object, ...], threading.Lock] = {}
+        self._lock = threading.Lock()  # held for no longer than a look takes
+
+    def ready(self, target: Target) -> bool:
+        """Whether `located` and `signed` return at once."""
+        if "authorization" in target.headers and (target.base_url or _region_named(target)):
+            return True
+        found = self._sessions.get(_key(target))
+        if found is None:
+            return False
+        renewed = getattr(found[1], "refresh_needed", None)  # credentials that do not expire have none
+        return renewed is None or not renewed()
 
     def located(self, target: Target) -> Target:
         """``target`` with an address: its own, or its region's, which may come from AWS's configuration.
@@ -53,8 +68,7 @@ class BedrockSigner:
         `AuthenticationError` where there are no credentials."""
         if "authorization" in request.headers:
             return request
-        if not _may_sign(target):
-            raise AuthenticationError(_ELSEWHERE, code="no_credentials")
+        _check_owner(target)
         _, credentials = self._session(target)
         from botocore.auth import SigV4Auth
         from botocore.awsrequest import AWSRequest
@@ -75,29 +89,55 @@ class BedrockSigner:
         return replace(request, headers=headers)
 
     def _region(self, target: Target) -> str:
-        named = target.connection.get("aws_region_name") or _region_in(target.base_url)
-        region = named or self._session(target)[0].region_name
-        if not isinstance(region, str) or not region.replace("-", "").isalnum():
+        region = _region_named(target) or self._session(target)[0].region_name
+        if not isinstance(region, str) or not (region.isascii() and region.replace("-", "").isalnum()):
             raise ConfigError("bedrock needs aws_region_name", param="aws_region_name")
         return region
 
     def _session(self, target: Target) -> tuple[Any, Any]:
         """The session of a deployment, and its credentials, which renew themselves."""
-        key = tuple(target.connection.get(name) for name in _NAMES)
+        key = _key(target)
+        found = self._sessions.get(key)
+        if found is not None:
+            return found
+        # One opens it, and the others wait for that; nobody waits for another deployment's.
         with self._lock:
-            found = self._sessions.get(key) or _opened(target.connection)
-            if found[1] is None:  # what gives them may be there the next time
-                return found
-            if key not in self._sessions and len(self._sessions) >= _MOST:
-                del self._sessions[next(iter(self._sessions))]  # callers may bring credentials of their own
-            self._sessions[key] = found
+            opening = self._opening.setdefault(key, threading.Lock())
+        with opening:
+            found = self._sessions.get(key)
+            if found is None:
+                try:
+                    found = _opened(target.connection)
+                    self._keep(key, found)
+                finally:
+                    self._opening.pop(key, None)
             return found
 
+    def _keep(self, key: tuple[object, ...], found: tuple[Any, Any]) -> None:
+        if found[1] is None:  # what gives them may be there the next time
+            return
+        with self._lock:
+            if len(self._sessions) >= _MOST:
+                del self._sessions[next(iter(self._sessions))]  # callers may bring credentials of their own
+            self._sessions[key] = found
 
-def _may_sign(target: Target) -> bool:
-    """Whether credentials may go there: those of this machine go nowhere but to AWS."""
-    named = any(target.connection.get(name) for name in _OWN)
-    return named or (urlsplit(target.base_url).hostname or "").endswith(_AWS)
+
+def _key(target: Target) -> tuple[object, ...]:
+    return tuple(target.connection.get(name) for name in _NAMES)
+
+
+def _check_owner(target: Target) -> None:
+    """Credentials of this machine go nowhere but to AWS, and not for a caller who says where, or who."""
+    if any(target.connection.get(name) for name in AWS_IDENTITIES):
+        return
+    if not target.house:
+        raise AuthenticationError(_NOT_YOURS, code="no_credentials")
+    if not (urlsplit(target.base_url).hostname or "").endswith(_AWS):
+        raise AuthenticationError(_ELSEWHERE, code="no_credentials")
+
+
+def _region_named(target: Target) -> object:
+    return target.connection.get("aws_region_name") or _region_in(target.base_url)
 
 
 def _region_in(url: str) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LLMMiddlewareError
@@ -14,10 +14,11 @@ from .http_decode import HAS_BROTLI
 from .http_errors import broken_off, deadline_passed, no_answer, no_connection, unreachable, unsendable
 from .http_reply import IteratedReply
 from .http_settings import HTTPSettings, Route, base_headers, basic
-from .http_stale import is_stale
+from .http_stale import staleness
 
 if TYPE_CHECKING:
     import aiohttp
+    from multidict import CIMultiDictProxy
 
 __all__ = ["AiohttpClient"]
 
@@ -33,14 +34,14 @@ class AiohttpClient:
         import aiohttp
 
         self._route = route
-        self._headers = base_headers(HAS_BROTLI)
+        self._timeout = aiohttp.ClientTimeout
         self._session = aiohttp.ClientSession(
             connector=_connector_class()(
                 limit=settings.max_connections,
                 keepalive_timeout=settings.keepalive,
             ),
+            headers=base_headers(HAS_BROTLI),
             cookie_jar=aiohttp.DummyCookieJar(),
-            skip_auto_headers=("content-type",),
             trust_env=False,  # the environment is read by `Route`
             read_bufsize=_BUFFER,
             max_line_size=_LONGEST_LINE,
@@ -57,15 +58,26 @@ class AiohttpClient:
                 request.method,
                 url,
                 data=_payload(request.body),
-                headers={**self._headers, **credentials, **request.headers},
+                headers={**credentials, **request.headers} if credentials else request.headers,
+                skip_auto_headers=None if "content-type" in request.headers else ("content-type",),
                 allow_redirects=False,
-                timeout=_timeout(timeouts),
+                timeout=self._limits(timeouts),
                 ssl=self._route.tls if url.scheme == "https" or (proxy or "").startswith("https") else True,
                 proxy=proxy,
             )
         except Exception as exc:
             raise _translated(exc, timeouts) from None
         return _Reply(response, timeouts)
+
+    def _limits(self, timeouts: Timeouts) -> aiohttp.ClientTimeout:
+        read, total = timeouts.read, timeouts.total
+        return self._timeout(
+            total=total,
+            connect=timeouts.connect,
+            # Not where the total ends first: it is a timer more for each piece that comes.
+            sock_read=None if read is not None and total is not None and total <= read else read,
+            ceil_threshold=math.inf,  # a timeout is what it says, not rounded up to a second
+        )
 
     async def aclose(self) -> None:
         await self._session.close()
@@ -80,7 +92,7 @@ class _Reply(IteratedReply):
         self._response = response
         self._timeouts = timeouts
         self.status = response.status
-        self.headers: Mapping[str, str] = _joined(response.headers)
+        self.headers: Mapping[str, str] = _Headers(response.headers)
 
     async def read(self) -> bytes:
         try:
@@ -111,13 +123,23 @@ class _Reply(IteratedReply):
         self._response.close()
 
 
-def _joined(given: Mapping[str, str]) -> dict[str, str]:
-    """Names in lower case; the values of a name that comes twice in one."""
-    headers: dict[str, str] = {}
-    for raw, value in given.items():
-        name = raw.lower()
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    return headers
+class _Headers(Mapping[str, str]):
+    """Names in lower case; the values of a name that comes twice in one. Made when they are looked at:
+    most answers are read without them."""
+
+    __slots__ = ("_given",)
+
+    def __init__(self, given: CIMultiDictProxy[str]) -> None:
+        self._given = given
+
+    def __getitem__(self, name: str) -> str:
+        return ", ".join(self._given.getall(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(map(str.lower, self._given)))
+
+    def __len__(self) -> int:
+        return len(set(map(str.lower, self._given)))
 
 
 def _payload(body: bytes) -> bytes | io.BytesIO:
@@ -134,18 +156,6 @@ def _url(text: str) -> tuple[Any, dict[str, str]]:
     return (url, {}) if value is None else (url.with_user(None), {"authorization": value})
 
 
-@functools.lru_cache(256)
-def _timeout(timeouts: Timeouts) -> aiohttp.ClientTimeout:
-    from aiohttp import ClientTimeout
-
-    return ClientTimeout(
-        total=timeouts.total,
-        connect=timeouts.connect,
-        sock_read=timeouts.read,
-        ceil_threshold=math.inf,  # a timeout is what it says, not rounded up to a second
-    )
-
-
 @functools.cache
 def _connector_class() -> type[aiohttp.TCPConnector]:
     import aiohttp
@@ -159,15 +169,22 @@ def _connector_class() -> type[aiohttp.TCPConnector]:
                 connection = await super().connect(req, traces, timeout)
                 protocol: Any = connection.protocol
                 transport = connection.transport
-                if transport is None or not hasattr(protocol, "llm_used"):
-                    protocol.llm_used = True
+                if transport is None:
                     return connection
-                sock = transport.get_extra_info("socket")
-                if sock is None or not is_stale(sock):
+                stale = getattr(protocol, "llm_stale", None)
+                if stale is None:  # a new one
+                    sock = transport.get_extra_info("socket")
+                    protocol.llm_stale = _never if sock is None else staleness(sock)
+                    return connection
+                if not stale():
                     return connection
                 connection.close()
 
     return Connector
+
+
+def _never() -> bool:
+    return False
 
 
 def _translated(exc: Exception, timeouts: Timeouts) -> Exception:

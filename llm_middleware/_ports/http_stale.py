@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import select
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ["is_stale"]
+__all__ = ["is_stale", "staleness"]
 
 
 def is_stale(sock: Any) -> bool:
     """Something can be read from a socket from which nothing is due."""
+    return bool(staleness(sock)())
+
+
+def staleness(sock: Any) -> Callable[[], object]:
+    """`is_stale` of ``sock``, to be asked often, and not once it is closed."""
     descriptor = sock.fileno()
     if descriptor < 0:
-        return True
-    if hasattr(select, "poll"):
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        return bool(poll.poll(0))
-    return bool(select.select([descriptor], [], [], 0)[0])
+        return lambda: True
+    if not hasattr(select, "poll"):
+        return lambda: select.select([descriptor], [], [], 0)[0]
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return lambda: poll.poll(0)

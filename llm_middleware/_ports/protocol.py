@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 __all__ = ["Port", "Waiter"]
+
+T = TypeVar("T")
 
 
 class Waiter(Protocol):
@@ -40,6 +42,14 @@ class Port(Protocol):
 
     async def pull(self, function: Callable[[], None]) -> None:
         """Run a function that blocks; once begun it runs to its end even where the caller is cancelled."""
+        ...
+
+    async def blocking(self, function: Callable[..., T], *args: object) -> T:
+        """What a function returns that may block: it holds up nobody but the caller."""
+        ...
+
+    async def bounded(self, work: Coroutine[object, object, T], seconds: float | None) -> T:
+        """What ``work`` gives. `DeadlineError` after ``seconds``, where the port can leave it then."""
         ...
 
     def beside(self, function: Callable[[], object]) -> None:

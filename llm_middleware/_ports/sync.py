@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine
+from typing import TypeVar
 
 from .._drive import run_sync
 from ..errors import StoreError
 
 __all__ = ["SyncPort"]
+
+T = TypeVar("T")
 
 
 class _ThreadWaiter:
@@ -48,6 +51,12 @@ class SyncPort:
 
     async def pull(self, function: Callable[[], None]) -> None:
         function()
+
+    async def blocking(self, function: Callable[..., T], *args: object) -> T:
+        return function(*args)
+
+    async def bounded(self, work: Coroutine[object, object, T], seconds: float | None) -> T:
+        return await work  # it blocks this thread: nobody could leave it
 
     def beside(self, function: Callable[[], object]) -> None:
         function()

@@ -142,7 +142,9 @@ class Fetch:
         finish = policy == "finish"
         headers = self._stream_headers
         flight.begin(Head(200, headers, streamed=True))
-        landing = Landing(self.flow.keeper, self.flow.flights, self.plan, flight, beside=self.beside)
+        landing = Landing(
+            self.flow.keeper, self.flow.flights, self.plan, flight, beside=self.beside, items=items
+        )
         flight.enter()
         if isinstance(items, AsyncIterator):
             cancel = self.port.spawn(lambda: self._produce(flight, landing, items))

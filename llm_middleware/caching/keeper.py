@@ -131,13 +131,13 @@ class Keeper:
             ]
             info.stored = all(stored)
         info.detail = refusal or info.detail
-        self._tell_stored(plan, info)
+        self.tell_stored(plan, info)
         if batch.whole:
             return info, answer
         headers_ = tuple(pair for pair in answer.headers if pair[0] != b"content-length")
         return info, replace(answer, headers=headers_, body=joined(batch.keys, {**batch.found, **parts}))
 
-    def _tell_stored(self, plan: Plan, info: CacheInfo) -> None:
+    def tell_stored(self, plan: Plan, info: CacheInfo) -> None:
         # What broke off may still be answered, by another call.
         if self.tiers.peers is not None and info.detail != "unterminated":
             self.tiers.peers.settled(plan.key, stored=info.stored)
@@ -164,7 +164,7 @@ class Keeper:
             info.stored = await self.keep(port, plan, answer, beside=beside, header=header)
             if not info.stored:
                 info.detail = "backend-down"
-        self._tell_stored(plan, info)
+        self.tell_stored(plan, info)
         return info
 
     async def keep(

@@ -25,7 +25,8 @@ __all__ = ["Landing"]
 
 
 class Landing:
-    """One flight's way into the store."""
+    """One flight's way into the store. ``items``: where the chunks come from; they are not kept where its
+    ``no_store`` is true."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Landing:
         *,
         beside: Entry | None = None,
         header: Header = no_header,
+        items: object = None,
     ) -> None:
         self._keeper = keeper
         self._flights = flights
@@ -43,6 +45,7 @@ class Landing:
         self._flight = flight
         self._beside = beside
         self._header = header
+        self._items = items
         terminal = ENDPOINTS[plan.kind].terminal
         self._terminal = None if terminal is None else terminal.encode()
         self._info: CacheInfo | None = None
@@ -100,6 +103,10 @@ class Landing:
         assert head is not None
         record = Recorded(head.status, head.headers, body, ends)
         self._size = len(body)
+        if getattr(self._items, "no_store", False):
+            self._info = self._plan.miss("no-store")
+            self._keeper.tell_stored(self._plan, self._info)
+            return
         self._info = await self._keeper.settle(
             port, self._plan, record, beside=self._beside, header=self._header, reasons=reasons
         )

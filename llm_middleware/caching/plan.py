@@ -17,7 +17,7 @@ from .labels import label
 from .settings import CacheSettings
 from .splice import without_member
 
-__all__ = ["Asked", "Body", "Plan", "Request", "make_plan", "read_request"]
+__all__ = ["Asked", "Body", "Plan", "Request", "decompressed", "make_plan", "read_request"]
 
 Body = bytes | Mapping[str, object]
 
@@ -76,7 +76,8 @@ class Plan:
     ``<namespace>:<64 hex>``. ``lookup``/``store``: whether it may answer from the store and keep the answer.
     ``simple``: any entry that is fresh will do. ``stream``, ``usage``: which form the caller wants.
     ``forward``: the body for the handler where it differs from the one sent. ``items``: for a list of
-    embedding ``inputs``, the store key of each. ``scope``: whose answer it is.
+    embedding ``inputs``, the store key of each. ``scope``: whose answer it is. ``asked``: the controls that
+    the request itself sets, by their names in `Controls`.
     """
 
     kind: str
@@ -94,6 +95,7 @@ class Plan:
     items: tuple[str, ...] = ()
     inputs: tuple[object, ...] = ()
     scope: str = ""
+    asked: tuple[str, ...] = ()
 
     @property
     def digest(self) -> str:
@@ -120,7 +122,7 @@ class Plan:
         return b"".join([*named, *(label("tag", tag) for tag in self.controls.tags)])
 
 
-def _decompressed(body: bytes, limit: int) -> bytes:
+def decompressed(body: bytes, limit: int) -> bytes:
     decoder = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
     try:
         data = decoder.decompress(body, limit + 1)
@@ -152,7 +154,7 @@ def read_request(settings: CacheSettings, asked: Asked) -> Request:
         if content_encoding not in ("", "identity"):
             if content_encoding != "gzip":
                 return Request(kind, problem="encoded-body")
-            text = _decompressed(body, settings.max_body_bytes)
+            text = decompressed(body, settings.max_body_bytes)
         if kind == "transcription" and not asked.content_type.startswith("application/json"):
             from .multipart import form_fields  # on first use: it brings the email parser
 
@@ -228,13 +230,12 @@ def make_plan(
     ``custom_key``: what the host's own key function returned; it takes the place of the canonical form,
     inside the same scope and namespace.
     """
+    said: tuple[str, ...] = ()
     if asked.enforced or request.controls or asked.cache_control:
-        controls = merge(
-            asked.enforced or {},
-            request.controls or {},
-            parse_header(asked.cache_control) if asked.cache_control else {},
-            settings.controls,
-        )
+        own = request.controls or {}
+        header = parse_header(asked.cache_control) if asked.cache_control else {}
+        controls = merge(asked.enforced or {}, own, header, settings.controls)
+        said = (*own, *header)
     else:
         controls = settings.own_controls
     bypass = _bypass(settings, request.kind, controls) or request.problem
@@ -270,6 +271,7 @@ def make_plan(
         items=tuple(items),
         inputs=inputs,
         scope=asked.scope,
+        asked=said,
     )
 
 

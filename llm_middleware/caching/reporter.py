@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 
 from ..events import Event, Hook
 from .answer import CacheInfo, Found
@@ -42,13 +42,20 @@ class Reporter:
         self._count(event.name)
         for hook in self.hooks:
             try:
-                hook(event)
+                result = hook(event)
+                if result is not None and isinstance(result, Awaitable):
+                    self._detach(result)
             except Exception:
                 with self._lock:
                     self.counts["hook-error"] += 1
                     first = self.counts["hook-error"] == 1
                 if first:
                     logger.exception("a cache hook failed; further failures are only counted")
+
+    def _detach(self, work: Awaitable[object]) -> None:
+        from .._ports.detached import detached  # on first use: it brings asyncio
+
+        detached(work)
 
     def tell(self, plan: Plan, info: CacheInfo) -> None:
         """One event about an answer given."""

@@ -19,6 +19,7 @@ __all__ = [
     "format_event",
     "load_json",
     "parse_events",
+    "split_events",
 ]
 
 DONE = "[DONE]"
@@ -30,6 +31,7 @@ _LF = re.compile(rb"\n\n+")
 _CRLF = re.compile(rb"\r\n\r\n(?:\r\n)*")
 # Atomic: CRLF is one line end and must never be taken for CR and LF, which would be a blank line.
 _MIXED = re.compile(rb"(?>\r\n|\r|\n){2,}")
+_BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 _LINE_END = re.compile("\r\n|\r|\n")
 
 
@@ -44,6 +46,12 @@ def event_ends(data: bytes) -> list[int]:
     if data and (not ends or ends[-1] != len(data)):
         ends.append(len(data))
     return ends
+
+
+def split_events(data: bytes) -> tuple[bytes, bytes]:
+    """The whole events at the beginning of ``data``, and the bytes of the one that has not ended."""
+    end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in _BLANK_LINES)
+    return data[:end], data[end:]
 
 
 def _blank_lines(data: bytes) -> re.Pattern[bytes]:

@@ -5,7 +5,8 @@ None of them does I/O. Only ``chat`` is served: Anthropic has no embeddings and 
 
 * System and developer messages go to ``system``, wherever they stand. Turns of the same role become one, so
   that all results of parallel tool calls are in one turn.
-* ``max_tokens`` is 4096 where the caller sets none: Anthropic needs one. A thinking budget comes on top.
+* ``max_tokens`` is the model's ``max_output_tokens`` where the caller sets none, since Anthropic needs one;
+  where that is not known it is 4096, and a thinking budget comes on top.
 * ``temperature`` above 1 becomes 1, as on Anthropic's own OpenAI-compatible endpoint.
 * ``reasoning_effort`` becomes adaptive thinking with that effort, and a budget on Claude 4.5 and before.
 * A ``json_schema`` becomes a native structured output. ``json_object`` has no counterpart.

@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _VERSION: Final = "2023-06-01"
-_MOST: Final = 4096  # tokens of an answer where the caller does not say
+_MOST: Final = 4096  # tokens of an answer where nobody says
 _SMALLEST_BUDGET: Final = 1024
 # Tokens to think with, where a model has budgets and no efforts.
 _BUDGETS: Final[Mapping[str, int]] = {
@@ -128,7 +128,7 @@ def _parameters(target: Target, body: Mapping[str, object], stream: bool) -> dic
     thinking, effort = reasoning(target, given)
     fields: dict[str, Any] = {
         "model": target.model,
-        "max_tokens": _most(given, thinking),
+        "max_tokens": _most(target, given, thinking),
         "messages": turns,
         "system": system or None,
         "tools": tools(given),
@@ -175,10 +175,14 @@ def limit(given: Mapping[str, Any]) -> int | None:
     return None
 
 
-def _most(given: Mapping[str, Any], thinking: object) -> int:
-    budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
+def _most(target: Target, given: Mapping[str, Any], thinking: object) -> int:
     most = limit(given)
-    return most if most is not None else _MOST + (budget if isinstance(budget, int) else 0)
+    if most is None:
+        most = target.max_output_tokens
+    if most is not None:
+        return most
+    budget = thinking.get("budget_tokens") if isinstance(thinking, Mapping) else None
+    return _MOST + (budget if isinstance(budget, int) else 0)
 
 
 def _budgeted(model: str) -> bool:
@@ -208,8 +212,10 @@ def reasoning(target: Target, given: Mapping[str, Any]) -> tuple[object, str | N
     if not _budgeted(target.base_model or target.model):
         return {"type": "adaptive"}, "low" if effort == "minimal" else effort
     most = limit(given)
+    if most is None:
+        most = target.max_output_tokens
     budget = _BUDGETS[effort] if most is None else min(_BUDGETS[effort], most - 1)
-    # A hint that has no room within the caller's limit is left out.
+    # A hint that has no room within the limit is left out.
     return ({"type": "enabled", "budget_tokens": budget} if budget >= _SMALLEST_BUDGET else None), None
 
 

@@ -93,6 +93,8 @@ def _inference(target: Target, given: Mapping[str, Any], own: Mapping[str, Any])
     most = limit(given)
     if most is None and isinstance(budget, int):
         most = budget + _ON_TOP
+        if target.max_output_tokens is not None:
+            most = min(most, target.max_output_tokens)
     heat = given.get("temperature")
     capped = isinstance(heat, int | float) and not isinstance(heat, bool) and heat > 1
     found = {

@@ -75,6 +75,9 @@ _BY_CODE: Final[Mapping[str, type[ProviderError]]] = {
 _STATUS_OF_TYPE: Final[Mapping[str, int]] = {
     "apierror": 500,
     "authenticationerror": 401,
+    "billingerror": 402,
+    "conflicterror": 409,
+    "gatewaytimeouterror": 504,
     "invalidrequesterror": 400,
     "notfounderror": 404,
     "overloadederror": 529,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
@@ -38,6 +39,8 @@ _NOT_REASONING: Final = frozenset(
         "logit_bias",
     ]
 )
+# Made once: `json.dumps` makes an encoder for each call that has options.
+_encode: Final = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
 
 
 def build(target: Target, kind: str, body: Mapping[str, object], stream: bool) -> Outgoing:
@@ -56,6 +59,7 @@ def path(kind: str) -> str:
     return found
 
 
+@lru_cache(1024)
 def url(base: str, path: str, query: str = "") -> str:
     """``path`` below ``base``, whose own query stays. A base that has the path at its end keeps it."""
     parts = urlsplit(base)
@@ -73,7 +77,7 @@ def request(target: Target, kind: str, address: str, fields: dict[str, Any]) -> 
     else:
         content_type, content = "application/json", dumps(fields)
     accept = "text/event-stream" if fields.get("stream") else "application/json"
-    headers = {"content-type": content_type, "accept": accept} | dict(target.headers)
+    headers = {"content-type": content_type, "accept": accept, **target.headers}
     if kind == "transcription":
         headers["content-type"] = content_type  # it holds the boundary
     return Outgoing(address, headers, content)
@@ -82,7 +86,7 @@ def request(target: Target, kind: str, address: str, fields: dict[str, Any]) -> 
 def dumps(fields: Mapping[str, object]) -> bytes:
     """Compact JSON. `BadRequestError` names the field that JSON cannot hold."""
     try:
-        text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        text = _encode(fields)
     except (TypeError, ValueError, RecursionError):
         raise _unsendable(fields) from None
     try:
@@ -113,16 +117,18 @@ def parameters(target: Target, kind: str, body: Mapping[str, object], stream: bo
         fields.pop(name, None)
     if kind == "chat":
         fields = _fitting(target, fields)
-    fields.update(row.force if kind in ("chat", "text") else {})
-    fields.update(target.extra_body)
+    if row.force and kind in ("chat", "text"):
+        fields.update(row.force)
+    if target.extra_body:
+        fields.update(target.extra_body)
     return fields
 
 
 def _fitting(target: Target, fields: dict[str, Any]) -> dict[str, Any]:
     row = target.provider
-    renames, unsupported = dict(row.renames), row.unsupported
+    renames, unsupported = row.renames, row.unsupported
     if row.name in ("openai", "azure") and _REASONING.match(target.base_model or target.model):
-        renames = {"max_tokens": "max_completion_tokens"} | renames
+        renames = {"max_tokens": "max_completion_tokens", **renames}
         unsupported |= _NOT_REASONING
     if target.drop_params:
         fields = {name: value for name, value in fields.items() if name not in unsupported}
@@ -138,7 +144,7 @@ def _fitting(target: Target, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _renamed(fields: dict[str, Any], renames: Mapping[str, str]) -> dict[str, Any]:
     """Under their other names; a caller who has used both has the newer one's value sent."""
-    if not renames.keys() & fields.keys():
+    if renames.keys().isdisjoint(fields):
         return fields
     renamed = {name: value for name, value in fields.items() if name not in renames}
     return renamed | {new: fields[old] for old, new in renames.items() if old in fields}

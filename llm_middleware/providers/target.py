@@ -8,79 +8,55 @@ The rule about keys: a key goes nowhere but where its owner has sent it.
 * A provider that each user runs or rents at an address of their own (vLLM, Azure, Ollama ...) has no such
   addresses: there the key of the environment goes where the deployment says.
 * An ``api_key`` goes where the deployment says.
-* A caller who names another address takes nothing of the deployment's there, and nothing of the environment's
-  but to a provider's own address.
+* A caller who names another server takes nothing there, of the deployment's or of the environment's; and one
+  who brings credentials uses these alone.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Protocol
+from typing import Final, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
-from ..errors import AuthenticationError, ConfigError
+from ..errors import AuthenticationError, ConfigError, InvalidRequestError, ProviderError
+from .connection import (
+    AWS_IDENTITIES,
+    CONNECTION,
+    SECRETS,
+    brought,
+    from_caller,
+    joined,
+    mapping,
+    named,
+    names,
+    sendable,
+    text,
+)
 from .registry import Provider, Registry, below, origin_of, registry
 
-__all__ = ["CONNECTION", "SECRETS", "Served", "Target", "authorized", "target_of"]
+__all__ = ["CONNECTION", "SECRETS", "Blocking", "Served", "Target", "authorized", "target_of"]
 
-# Parameters that say where and as whom, and are no part of a request's body.
-CONNECTION: Final = frozenset(
-    [
-        "api_key",
-        "api_base",
-        "base_url",
-        "api_version",
-        "organization",
-        "project",
-        "azure_ad_token",
-        "azure_ad_token_provider",
-        "azure_deployment",
-        "aws_access_key_id",
-        "aws_secret_access_key",
-        "aws_session_token",
-        "aws_region_name",
-        "aws_profile_name",
-        "aws_role_name",
-        "aws_session_name",
-        "aws_bedrock_runtime_endpoint",
-        "vertex_project",
-        "vertex_location",
-        "extra_headers",
-        "extra_body",
-        "drop_params",
-        "additional_drop_params",
-        "max_retries",
-        "num_retries",
-    ]
-)
-# Those of them that are secrets, or may hold one.
-SECRETS: Final = frozenset(
-    [
-        "api_key",
-        "azure_ad_token",
-        "azure_ad_token_provider",
-        "aws_access_key_id",
-        "aws_secret_access_key",
-        "aws_session_token",
-        "extra_headers",
-    ]
-)
-_ADDRESS_NAMES: Final = ("api_base", "base_url", "aws_bedrock_runtime_endpoint")
-_NO_ADDRESS: Final = frozenset(["drop_params", "additional_drop_params", "max_retries", "num_retries"])
 _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "aws_region_name": ("AWS_REGION_NAME", "AWS_REGION", "AWS_DEFAULT_REGION"),
     "vertex_project": ("VERTEXAI_PROJECT", "GOOGLE_CLOUD_PROJECT"),
     "vertex_location": ("VERTEXAI_LOCATION", "GOOGLE_CLOUD_LOCATION"),
 }
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)\}")
-_LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
-_HEADER: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+\Z")
+_LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]*[A-Za-z0-9])?\Z")
 _FOUNDRY: Final = (".services.ai.azure.com", ".cognitiveservices.azure.com", ".openai.azure.com")
 
 Environ = Mapping[str, str]
+T = TypeVar("T")
+
+
+class Blocking(Protocol):
+    """Runs a function that may block where it holds up nobody but its caller."""
+
+    async def __call__(self, function: Callable[..., T], *args: object) -> T: ...
 
 
 class Served(Protocol):
@@ -103,8 +79,9 @@ class Target:
     ``adapter``: whose API it has. ``base_url``: with no slash at its end. ``headers``: names in lower case;
     credentials, organization and extra headers. ``token``: gives the credentials of each request instead;
     `authorized` asks it. ``base_model``: the model's own name, where ``model`` is the user's name for it.
-    ``caller_key``: the credentials are the caller's, so that their failure is the caller's too.
-    ``connection``: what the deployment and the caller said, all of it.
+    ``max_output_tokens``: the longest answer of the model, where that is known. ``caller_key``: the
+    credentials are the caller's, so that their failure is the caller's too. ``house``: whether credentials of
+    this machine may be used. ``connection``: what the deployment and the caller said, all of it.
     """
 
     provider: Provider
@@ -117,7 +94,9 @@ class Target:
     drop_params: bool = False
     drop: frozenset[str] = frozenset()
     token: Callable[[], object] | None = field(default=None, repr=False)
+    max_output_tokens: int | None = None
     caller_key: bool = False
+    house: bool = True
     connection: Mapping[str, object] = field(default_factory=dict, repr=False)
 
     @property
@@ -136,21 +115,39 @@ class Target:
         return tuple(sorted((text for text in found if text), key=len, reverse=True))
 
 
-async def authorized(target: Target) -> Target:
-    """``target`` with the credentials of one request. Asks its ``token`` where it has one, which may be
-    awaitable; in a sync call it must not be. `AuthenticationError` where it fails."""
+async def _inline(function: Callable[..., T], *args: object) -> T:
+    return function(*args)
+
+
+async def authorized(target: Target, blocking: Blocking = _inline) -> Target:
+    """``target`` with the credentials of one request, of its ``token`` where it has one.
+
+    A coroutine function is awaited; any other function may block, and ``blocking`` runs it. What it returns
+    may be awaitable; in a sync call it must not be. `AuthenticationError` where it fails.
+    """
     if target.token is None:
         return target
     try:
-        token = target.token()
+        token = target.token() if _is_async(target.token) else await blocking(target.token)
         if isinstance(token, Awaitable):
             token = await token
+    except ProviderError:
+        raise
     except Exception as exc:
         raise AuthenticationError("the token provider of the deployment failed", code="no_token") from exc
     if not isinstance(token, str) or not token:
         raise AuthenticationError("the token provider of the deployment gave no token", code="no_token")
-    bearer = _checked({"authorization": f"Bearer {token}"})
+    try:
+        bearer = sendable({"authorization": f"Bearer {token}"}, "api_key")
+    except ConfigError as exc:
+        raise AuthenticationError("the token of the deployment cannot be sent", code="no_token") from exc
     return replace(target, headers={**target.headers, **bearer}, token=None)
+
+
+def _is_async(function: object) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an object whose __call__ is a coroutine function
+    )
 
 
 def target_of(
@@ -163,67 +160,71 @@ def target_of(
     """Where ``deployment`` is, with what the caller says of it (``overrides``: names of `CONNECTION`).
 
     `ConfigError` for an address that is missing or no HTTP URL, and for a provider that is not in the table.
+    `InvalidRequestError` for what is wrong with the caller's, and for what a caller may not say.
     """
     table = registry() if providers is None else providers
+    given = from_caller(overrides or {})
+    try:
+        return _target(deployment, given, table, environ)
+    except ConfigError as exc:
+        if exc.param in given or (exc.param == "api_base" and named(given) is not None):
+            raise InvalidRequestError(exc.message, param=exc.param) from None
+        raise
+
+
+def _target(deployment: Served, given: Mapping[str, object], table: Registry, environ: Environ) -> Target:
     row = table[deployment.provider]
-    connection, elsewhere = _joined(deployment.connection, overrides or {})
-    named = _named(connection)
-    row = _owner(row, named, table)
-    base, own = _address(row, named, connection, environ, elsewhere)
-    headers, token = _credentials(row, base, connection, environ, own)
-    info = deployment.info.get("base_model")
+    elsewhere = _elsewhere(row, deployment.connection, named(given), environ)
+    connection = joined(deployment.connection, given, elsewhere=elsewhere)
+    there = named(connection)
+    row = _owner(row, there, table)
+    base, own = _address(row, there, connection, environ)
+    house = own and not elsewhere and not brought(given)
+    headers, token = _credentials(row, base, connection, environ, house)
+    base_model, most = deployment.info.get("base_model"), deployment.info.get("max_output_tokens")
     return Target(
         provider=row,
         model=deployment.model,
         base_url=base,
-        base_model=info if isinstance(info, str) else "",
+        base_model=base_model if isinstance(base_model, str) else "",
         api_version=_version(row, connection, environ),
         headers=headers,
-        extra_body=_mapping(connection, "extra_body"),
+        extra_body=mapping(connection, "extra_body"),
         drop_params=connection.get("drop_params") is True,
-        drop=frozenset(_names(connection, "additional_drop_params")),
+        drop=frozenset(names(connection, "additional_drop_params")),
         token=token,
-        caller_key=any((overrides or {}).get(name) is not None for name in SECRETS),
+        max_output_tokens=most if type(most) is int and most > 0 else None,
+        caller_key=bool(SECRETS & given.keys()),
+        house=not elsewhere and not brought(given),
         connection=connection,
     )
 
 
-def _joined(
-    connection: Mapping[str, object], overrides: Mapping[str, object]
-) -> tuple[dict[str, object], bool]:
-    """Both as one, and whether the caller names an address of another server."""
-    own = {name: value for name, value in connection.items() if value is not None}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    theirs, here = _named(given), _named(own)
-    elsewhere = theirs is not None and (here is None or origin_of(theirs) != origin_of(here))
-    if elsewhere:
-        own = {name: value for name, value in own.items() if name in _NO_ADDRESS}
-    elif theirs is not None:
-        own = {name: value for name, value in own.items() if name not in _ADDRESS_NAMES}
-    if SECRETS & given.keys() - {"extra_headers"}:
-        own = {name: value for name, value in own.items() if name not in SECRETS}
-    for name in ("extra_headers", "extra_body"):
-        if name in own and name in given:
-            given[name] = {**_mapping(own, name), **_mapping(given, name)}
-    return {**own, **given}, elsewhere
+def _elsewhere(row: Provider, own: Mapping[str, object], theirs: str | None, environ: Environ) -> bool:
+    """Whether the caller's address is that of another server than the deployment's."""
+    if theirs is None:
+        return False
+    here = named(own) or next((environ[name] for name in row.api_base_env if environ.get(name)), None)
+    if here is not None:
+        return origin_of(theirs) != origin_of(here)
+    return not (row.serves(theirs) or _at_home(row, theirs, own, environ))
 
 
-def _owner(row: Provider, named: str | None, table: Registry) -> Provider:
+def _owner(row: Provider, there: str | None, table: Registry) -> Provider:
     """Whose server it is: ``openai/grok-4`` at xAI's address is xAI's."""
-    if named is None or row.adapter != "openai" or row.serves(named):
+    if there is None or row.adapter != "openai" or row.serves(there):
         return row
-    other = table.at(named)
+    other = table.at(there)
     return other if other is not None and other.adapter == "openai" else row
 
 
 def _address(
-    row: Provider, named: str | None, connection: Mapping[str, object], environ: Environ, elsewhere: bool
+    row: Provider, there: str | None, connection: Mapping[str, object], environ: Environ
 ) -> tuple[str, bool]:
     """The base URL, and whether keys of the environment may go there."""
-    if named is not None:
-        base = _based(row, named, "api_base")
-        own = row.serves(base) or _at_home(row, base, connection, environ)
-        return base, own or (row.self_hosted and not elsewhere)
+    if there is not None:
+        base = _based(row, there, "api_base")
+        return base, row.self_hosted or row.serves(base) or _at_home(row, base, connection, environ)
     for name in row.api_base_env:
         if environ.get(name):
             return _based(row, environ[name], name), True
@@ -238,7 +239,9 @@ def _address(
 
 
 def _at_home(row: Provider, base: str, connection: Mapping[str, object], environ: Environ) -> bool:
-    """Whether ``base`` is the table's, with its blanks filled."""
+    """Whether ``base`` is the table's, with its blanks filled, or the environment's."""
+    if any(below(base, environ[name]) for name in row.api_base_env if environ.get(name)):
+        return True
     if "{" not in (row.base_url or ""):
         return False
     home = _home(row, connection, environ)
@@ -252,12 +255,12 @@ def _home(row: Provider, connection: Mapping[str, object], environ: Environ) -> 
     filled = {}
     for name in set(_PLACEHOLDER.findall(row.base_url)):
         names = _OTHER_NAMES.get(name, (name.upper(),))
-        value = _text(connection, name) or next((environ[one] for one in names if environ.get(one)), None)
+        value = text(connection, name) or next((environ[one] for one in names if environ.get(one)), None)
         if value is None:
             return None
-        # It becomes part of the host: no more than a label of it.
+        # It becomes part of the host, or of the path: no more than one label of it.
         if _LABEL.match(value) is None:
-            raise ConfigError(f"{name}: expected letters, digits, dots and dashes", param=name)
+            raise ConfigError(f"{name}: expected letters, digits and dashes", param=name)
         filled[name] = value
     return _PLACEHOLDER.sub(lambda match: filled[match[1]], row.base_url)
 
@@ -290,14 +293,13 @@ def _credentials(
     elif key is not None and strategy != "none":
         headers[strategy] = key
     for name, header in (("organization", "openai-organization"), ("project", "openai-project")):
-        value = _text(connection, name) or (
-            environ.get("OPENAI_ORG_ID") if _openais(row, name, own) else None
-        )
+        value = text(connection, name) or (environ.get("OPENAI_ORG_ID") if _openais(row, name, own) else None)
         if value:
-            headers[header] = value
-    extra = {name.lower(): value for name, value in _mapping(connection, "extra_headers").items()}
-    headers |= {name: str(value) for name, value in extra.items()}
-    return _checked(headers), None if "authorization" in extra else token
+            headers |= sendable({header: value}, name)
+    extra = {name.lower(): value for name, value in mapping(connection, "extra_headers").items()}
+    sendable(headers, "api_key")
+    headers |= sendable({name: str(value) for name, value in extra.items()}, "extra_headers")
+    return headers, None if "authorization" in extra else token
 
 
 def _key(
@@ -309,9 +311,13 @@ def _key(
             return None, value
         if isinstance(value, str) and value:
             return value.strip(), None
-    if own and callable(row.auth):
+    # A deployment that says who it is on AWS is nobody else, whoever the environment is.
+    signs = row.adapter == "bedrock" and any(connection.get(name) for name in AWS_IDENTITIES)
+    if not own or signs:
+        return None, None
+    if callable(row.auth):
         return None, row.auth
-    found = next((environ[name] for name in row.api_key_env if environ.get(name)), None) if own else None
+    found = next((environ[name] for name in row.api_key_env if environ.get(name)), None)
     return (found.strip() if found else None), None
 
 
@@ -329,48 +335,8 @@ def _openais(row: Provider, name: str, own: bool) -> bool:
     return own and name == "organization" and row.name == "openai"
 
 
-def _checked(headers: dict[str, str]) -> dict[str, str]:
-    for name, value in headers.items():
-        if _HEADER.match(name) is None or any(ch < " " and ch != "\t" for ch in value) or "\x7f" in value:
-            raise ConfigError("a header has a name or a value that it cannot have", param="extra_headers")
-        if not value.isascii():
-            raise ConfigError(f"the header {name} has a value that is not ASCII", param="extra_headers")
-    return headers
-
-
 def _version(row: Provider, connection: Mapping[str, object], environ: Environ) -> str | None:
-    named = _text(connection, "api_version")
+    named = text(connection, "api_version")
     if named is not None or row.adapter != "azure":
         return named
     return environ.get("AZURE_API_VERSION") or environ.get("OPENAI_API_VERSION") or None
-
-
-# --- values of a connection
-
-
-def _named(connection: Mapping[str, object]) -> str | None:
-    """The address that it names."""
-    return next(filter(None, (_text(connection, name) for name in _ADDRESS_NAMES)), None)
-
-
-def _text(connection: Mapping[str, object], name: str) -> str | None:
-    value = connection.get(name)
-    if value is not None and not isinstance(value, str):
-        raise ConfigError(f"{name}: expected text, not {type(value).__name__}", param=name)
-    return value or None
-
-
-def _mapping(connection: Mapping[str, object], name: str) -> dict[str, Any]:
-    value = connection.get(name)
-    if value is None:
-        return {}
-    if not isinstance(value, Mapping):
-        raise ConfigError(f"{name}: expected a mapping, not {type(value).__name__}", param=name)
-    return {str(key): item for key, item in value.items()}
-
-
-def _names(connection: Mapping[str, object], name: str) -> list[str]:
-    value = connection.get(name) or []
-    if isinstance(value, str) or not isinstance(value, list | tuple | set | frozenset):
-        raise ConfigError(f"{name}: expected a list of names", param=name)
-    return [str(item) for item in value]

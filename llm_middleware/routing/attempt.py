@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from dataclasses import replace
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 
-from ..caching.sse import parse_events
-from ..errors import ProviderError, UpstreamConnectionError, UpstreamServerError
-from ..providers.adapters import Adapter, adapter_of
-from ..providers.messages import Reply, Timeouts, Transport
-from ..providers.target import Target, authorized
+from .._ports.protocol import Port
+from ..caching.sse import event_ends, parse_events, split_events
+from ..errors import BadRequestError, ProviderError, UpstreamConnectionError, UpstreamServerError
+from ..providers.adapters import Adapter, Signer, adapter_of, prepared
+from ..providers.messages import Outgoing, Reply, Timeouts, Transport
+from ..providers.target import Target
 from .limits import Outcome
 
 __all__ = ["Attempt", "Finish", "within"]
 
 Finish = Callable[[Outcome], object]
 
-_TOTAL = re.compile(rb'"total_tokens"\s*:\s*(\d{1,12})')
-_OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,12})')
+_TOTAL = (b'"total_tokens"',)
+_OUTPUT = (b'"completion_tokens"', b'"output_tokens"')
+_NUMBER = re.compile(rb"\s*:\s*(\d{1,12})")
+_EARLY = 0.01  # seconds by which a client's timer may go off before the time
+# What there is at the end of a stream that is whole; some leave the last event out.
+_ENDED = dict.fromkeys(("chat", "text"), re.compile(rb'\[DONE\]|"finish_reason"\s*:\s*"'))
 _HELD = 64  # events without content that are held back at most
 # What the Responses API says before it has an answer.
 _OPENING = frozenset({"response.created", "response.queued", "response.in_progress"})
-_BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 
 
 class Attempt:
@@ -36,7 +39,9 @@ class Attempt:
 
     def __init__(
         self,
+        port: Port,
         transport: Transport,
+        signer: Signer,
         target: Target,
         timeouts: Timeouts,
         clock: Callable[[], float],
@@ -44,6 +49,8 @@ class Attempt:
         *,
         own_timeout: bool,
     ) -> None:
+        self._port = port
+        self._signer = signer
         self._transport = transport
         self._target = target
         self._adapter: Adapter = adapter_of(target)
@@ -88,6 +95,8 @@ class Attempt:
                 first: float | None = None
                 async for piece in pieces:
                     held.append(piece)
+                    if held[0].lstrip()[:1] == b"{":  # no event begins so
+                        await self._refuse_whole(held, pieces)
                     if self._is_content(b"".join(held)) or len(held) >= _HELD:
                         first = self._clock() - self._began
                         break
@@ -102,9 +111,14 @@ class Attempt:
         except BaseException:
             self._finish(Outcome(abandoned=True))
             raise
-        events = self._relay(held, pieces, reply, first)
+        events = self._relay(kind, held, pieces, reply, first)
         await anext(events)  # begun: a generator that never ran would not see that it is closed or dropped
         return events
+
+    async def _refuse_whole(self, held: list[bytes], pieces: AsyncIterator[bytes]) -> None:
+        """A JSON answer where a stream was asked for: an error, or of a model that has no streams."""
+        self._check(b"".join([*held, *[piece async for piece in pieces]]))
+        raise BadRequestError("this model does not answer in a stream", param="stream")
 
     def _check(self, data: bytes) -> None:
         """Some who speak OpenAI's API say with status 200 that they failed; proxies have pages."""
@@ -114,19 +128,40 @@ class Attempt:
             raise self._failure(200, {}, data)
 
     async def _reply(self, kind: str, body: Mapping[str, object], *, stream: bool) -> Reply:
-        target = self._target = await authorized(self._target)
-        request = self._adapter.build(target, kind, body, stream)
-        reply = await self._transport.send(request, self._timeouts)
+        target, timeouts = self._target, self._timeouts
+        if target.token is None and not self._adapter.signs:
+            request = self._adapter.build(target, kind, body, stream)
+        else:
+            request, timeouts = await self._prepared(kind, body, stream)
+        reply = await self._transport.send(request, timeouts)
         if reply.status >= 300:
             raise self._failure(reply.status, reply.headers, await reply.read())
         return reply
+
+    async def _prepared(
+        self, kind: str, body: Mapping[str, object], stream: bool
+    ) -> tuple[Outgoing, Timeouts]:
+        """The request with credentials that are fetched, and the time that this leaves."""
+        timeouts, total = self._timeouts, self._timeouts.total
+        blocking = self._port.blocking
+        work = prepared(self._target, kind, body, stream, signer=self._signer, blocking=blocking)
+        self._target, request = await self._port.bounded(work, total)
+        if total is not None:
+            timeouts = within(timeouts, max(0.0, total - (self._clock() - self._began)))
+        return request, timeouts
 
     def _failure(self, status: int, headers: Mapping[str, str], body: bytes) -> ProviderError:
         return self._adapter.failure(status, headers, body, secrets=self._target.secrets())
 
     def _failed(self, error: ProviderError) -> None:
         own_key = self._target.caller_key
-        self._finish(Outcome(error=error, own_key=own_key, own_timeout=self._own_timeout))
+        self._finish(Outcome(error=error, own_key=own_key, own_timeout=self._over()))
+
+    def _over(self) -> bool:
+        """Whether the time that the caller gave is over. A provider that nobody could connect to within
+        `Timeouts.connect`, or that said nothing for `Timeouts.read`, failed before that."""
+        total = self._timeouts.total
+        return self._own_timeout and total is not None and self._clock() - self._began > total - _EARLY
 
     def _pieces(self, reply: Reply, body: Mapping[str, object]) -> AsyncIterator[bytes]:
         chunks = reply.chunks()
@@ -166,36 +201,58 @@ class Attempt:
         if told is not None:
             raise self._failure(200, {}, json.dumps(told).encode())
 
-    def _look(self, data: bytes) -> bytes:
-        """Raise the error among whole events, and give back what is not whole yet."""
-        end = max(data.rfind(blank) + len(blank) if blank in data else 0 for blank in _BLANK_LINES)
-        whole = data[:end]
+    def _look(self, part: bytes, piece: bytes) -> tuple[bytes, bytes, ProviderError | None]:
+        """What is to be given of ``piece``, which follows ``part`` of an event; the part of an event at its
+        end; and the error that comes among whole events: what stands before it is given."""
+        data = part + piece
+        whole, rest = split_events(data)
         if b'"error"' in whole:
-            for event in parse_events(whole):
-                if '"error"' in event.data:
-                    try:
-                        value = json.loads(event.data)
-                    except ValueError:
-                        continue
-                    self._raise_error(value)
-        return data[end:]
+            start = 0
+            for end in event_ends(whole):
+                error = self._error_in(whole[start:end])
+                if error is not None:
+                    return data[len(part) : start], b"", error
+                start = end
+        return piece, rest, None
+
+    def _error_in(self, event: bytes) -> ProviderError | None:
+        if b'"error"' not in event:
+            return None
+        try:
+            for each in parse_events(event):
+                self._raise_error(json.loads(each.data))
+        except ValueError:
+            return None
+        except ProviderError as exc:
+            return exc
+        return None
 
     async def _relay(
-        self, held: list[bytes], pieces: AsyncIterator[bytes], reply: Reply, first: float | None
+        self, kind: str, held: list[bytes], pieces: AsyncIterator[bytes], reply: Reply, first: float | None
     ) -> AsyncGenerator[bytes]:
         outcome = Outcome(abandoned=True)
         tail = part = b""
         try:
             yield b""  # for `stream`
             for piece in held:
-                tail = (tail + piece)[-4096:]
-                part = self._look(part + piece)
-                yield piece
+                given, part, error = self._look(part, piece)
+                tail = (tail + given)[-4096:]
+                if given:
+                    yield given
+                if error is not None:
+                    raise error
             async for piece in pieces:
-                tail = (tail + piece)[-4096:]
-                part = self._look(part + piece)
-                yield piece
-            self._look(part + b"\n\n")
+                given, part, error = self._look(part, piece)
+                tail = (tail + given)[-4096:]
+                if given:
+                    yield given
+                if error is not None:
+                    raise error
+            *_, error = self._look(part, b"\n\n")
+            if error is not None:
+                raise error
+            if kind in _ENDED and not _ENDED[kind].search(tail):
+                raise UpstreamConnectionError("the provider's stream ended before its end")
             tokens, output = _last(_TOTAL, tail), _last(_OUTPUT, tail) or 0
             outcome = Outcome(
                 tokens=tokens,
@@ -204,7 +261,7 @@ class Attempt:
                 output_tokens=output,
             )
         except ProviderError as exc:
-            outcome = Outcome(error=exc, own_key=self._target.caller_key, own_timeout=self._own_timeout)
+            outcome = Outcome(error=exc, own_key=self._target.caller_key, own_timeout=self._over())
             raise
         finally:
             self._finish(outcome)
@@ -224,9 +281,13 @@ def _says(chunk: Mapping[str, object]) -> bool:
     return False
 
 
-def _last(pattern: re.Pattern[bytes], data: bytes) -> int | None:
-    found = pattern.findall(data)
-    return int(found[-1]) if found else None
+def _last(names: Sequence[bytes], data: bytes) -> int | None:
+    """The number of the last field of one of these names, written as JSON."""
+    for name in names:
+        at = data.rfind(name)
+        if at >= 0 and (found := _NUMBER.match(data, at + len(name))):
+            return int(found[1])
+    return None
 
 
 def within(timeouts: Timeouts, seconds: float | None) -> Timeouts:
@@ -234,4 +295,4 @@ def within(timeouts: Timeouts, seconds: float | None) -> Timeouts:
     if seconds is None:
         return timeouts
     total = seconds if timeouts.total is None else min(timeouts.total, seconds)
-    return replace(timeouts, total=total)
+    return Timeouts(timeouts.connect, timeouts.read, total)

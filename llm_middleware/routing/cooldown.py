@@ -19,7 +19,6 @@ Nothing here waits, locks or reads a clock: `RouterState.lock` is held by whoeve
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final, Literal
@@ -27,7 +26,6 @@ from typing import Final, Literal
 from ..errors import (
     AuthenticationError,
     BadRequestError,
-    ConfigError,
     DeadlineError,
     NoCapacityError,
     NotFoundError,
@@ -35,6 +33,7 @@ from ..errors import (
     ProviderError,
     RateLimitError,
 )
+from .fields import check_number
 from .retry import policy_names, read_policy
 
 __all__ = ["CooldownPolicy", "Health", "blames"]
@@ -122,7 +121,7 @@ class CooldownPolicy:
     ``probe_time``: seconds. ``allowed_fails_policy``: by error class (``{"TimeoutErrorAllowedFails": 5}``).
     ``failure_share``, ``failure_calls``: which share of failures cools, of how many calls at least.
 
-    `ConfigError` for a number below zero and for unknown names.
+    `ConfigError` for what is no number from zero on, and for unknown names.
     """
 
     allowed_fails: int | None = None
@@ -135,9 +134,8 @@ class CooldownPolicy:
 
     def __post_init__(self) -> None:
         for name in ("allowed_fails", "cooldown_time", "failure_share", "failure_calls", "probe_time"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"{name}: expected a number >= 0, got {value!r}", param=name)
+            whole, optional = name in ("allowed_fails", "failure_calls"), name == "allowed_fails"
+            check_number(name, getattr(self, name), whole=whole, optional=optional)
         numbers = read_policy(self.allowed_fails_policy, "AllowedFails", "allowed_fails_policy")
         object.__setattr__(self, "_by_name", numbers)
 

@@ -15,7 +15,8 @@ class Deployment:
     ``api_version`` and what else says where and as whom. ``params``: parameters of requests that the caller
     does not set. ``info``: facts of the model (``max_input_tokens``, ``input_cost_per_token``, ...).
 
-    ``id``: public, and stable over a change of keys. Limits are per minute; times are seconds.
+    ``id``: public, and stable over a change of keys. Limits are per minute; times are seconds. ``weight``:
+    None where it is not set, which counts as 1.
     """
 
     id: str
@@ -28,7 +29,7 @@ class Deployment:
     rpm: int | None = None
     tpm: int | None = None
     max_parallel_requests: int | None = None
-    weight: float = 1.0
+    weight: float | None = None
     order: int = 0
     tags: frozenset[str] = frozenset()
     timeout: float | None = None

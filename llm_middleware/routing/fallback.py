@@ -2,7 +2,8 @@
 
 The rules: a caller's own mistake goes nowhere else; a prompt that is too long goes to the groups named for
 that, content that a policy refuses to those named for it, and both, where none are named, to the general
-ones; all other failures to the general ones, and where a group has none, to the default ones.
+ones; all other failures to the general ones, and where a group has none, to the default ones. A list
+that is there and empty says that there are none to ask.
 """
 
 from __future__ import annotations
@@ -46,31 +47,35 @@ class Fallbacks:
             _names("default_fallbacks", [] if default is None else default),
         )
 
-    def after(self, error: ProviderError, group: str, own: Sequence[str] = ()) -> Sequence[str]:
-        """The groups to try after ``error`` of ``group``. ``own``: of this request, before all others."""
-        general = own or _find(self.general, group) or self.default
+    def after(self, error: ProviderError, group: str, own: Sequence[str] | None = None) -> Sequence[str]:
+        """The groups to try after ``error`` of ``group``. ``own``: of this request, before all others; empty:
+        none at all; None: it says nothing of them."""
+        if own is not None and not own:
+            return ()
+        general = _find(self.general, group, self.default) if own is None else own
         if isinstance(error, ContextWindowExceededError):
-            return _find(self.context_window, group) or general
+            return _find(self.context_window, group, general)
         if isinstance(error, ContentPolicyError):
-            return _find(self.content_policy, group) or general
+            return _find(self.content_policy, group, general)
         return () if isinstance(error, BadRequestError) else general
 
 
-def own_fallbacks(value: object, group: str) -> Sequence[str]:
-    """Those of one request for ``group``: names, or LiteLLM's list of ``{group: [groups]}``.
-    `InvalidRequestError` where it is neither."""
+def own_fallbacks(value: object, group: str) -> Sequence[str] | None:
+    """Those of one request for ``group``: names, or LiteLLM's list of ``{group: [groups]}``; None where it
+    says nothing of this group. `InvalidRequestError` where it is neither."""
     if value is None:
-        return ()
+        return None
     try:
         if isinstance(value, Sequence) and value and isinstance(value[0], Mapping):
-            return _find(_table("fallbacks", value), group)
+            table = _table("fallbacks", value)
+            return table.get(group, table.get("*"))
         return _names("fallbacks", value)
     except ConfigError as exc:
         raise InvalidRequestError(exc.message, param="fallbacks") from None
 
 
-def _find(table: Table, group: str) -> Sequence[str]:
-    return table.get(group) or table.get("*") or ()
+def _find(table: Table, group: str, otherwise: Sequence[str]) -> Sequence[str]:
+    return table.get(group, table.get("*", otherwise))
 
 
 def _table(param: str, value: object) -> Table:

@@ -1,15 +1,27 @@
-"""The values of a ``model_list``, each read or refused with the name of its place."""
+"""The values of settings, above all of a ``model_list``: each read or refused with the name of its place."""
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, Final, NoReturn
 
 from ..errors import ConfigError
 
-__all__ = ["count", "headers", "info", "labels", "mapping", "number", "seconds", "switch", "text", "token"]
+__all__ = [
+    "check_number",
+    "count",
+    "headers",
+    "info",
+    "labels",
+    "mapping",
+    "number",
+    "seconds",
+    "switch",
+    "text",
+    "token",
+]
 
 _WHOLE: Final = re.compile(r"\d{1,15}(?:\.0+)?\Z")
 
@@ -45,9 +57,20 @@ def number(value: object, where: str) -> float:
             _refuse(where, "a number", value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         _refuse(where, "a number", value)
-    if not math.isfinite(value) or value < 0:
+    if not 0 <= value <= sys.float_info.max:
         raise ConfigError(f"{where}: expected a number from 0 on", param=where)
     return value
+
+
+def check_number(name: str, value: object, *, whole: bool = False, optional: bool = False) -> None:
+    """`ConfigError` where ``value`` is no finite number from zero on. Here a text is none: what an
+    environment has goes through `number`. ``optional``: None is as good."""
+    if value is None and optional:
+        return
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not 0 <= value <= sys.float_info.max:
+        expected = "a whole number" if whole else "a number"
+        raise ConfigError(f"{name}: expected {expected} >= 0, got {value!r}", param=name)
 
 
 def count(value: object, where: str) -> int:
@@ -56,7 +79,7 @@ def count(value: object, where: str) -> int:
         value = float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         _refuse(where, "a whole number", value)
-    if not math.isfinite(value) or value != int(value) or value < 1:
+    if not 1 <= value <= sys.float_info.max or value != int(value):
         raise ConfigError(f"{where}: expected a whole number from 1 on", param=where)
     return int(value)
 

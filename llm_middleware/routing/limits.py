@@ -49,7 +49,7 @@ class Refusal:
     busy: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Outcome:
     """What came of a call. ``tokens``: used in all; None: not known, so the estimate stands. ``latency``,
     ``first_token``: seconds until the whole answer and until its first token; None: there was none.
@@ -93,6 +93,11 @@ class Reservation:
 
     def release(self) -> None:
         """The call is over. What was reserved stays counted unless it is settled. May be repeated."""
+        self._forget()
+        if self._state.lines:
+            self._state.lines.freed(self.deployment.id)
+
+    def _forget(self) -> None:
         # No lock: a finalizer may run this while its thread has one.
         self._state.flying.discard(self.call)
         if self.probe and self._state.health.prober == self.call:
@@ -107,7 +112,7 @@ class Reservation:
         self.release()
 
     def __del__(self) -> None:
-        self.release()
+        self._forget()  # those who wait look again after a while
 
 
 class Limits(Protocol):
@@ -124,6 +129,14 @@ class Limits(Protocol):
     def settle(self, reservation: Reservation, outcome: Outcome, now: float, *, alone: bool = False) -> float:
         """Tell what came of the call, once. Releases the reservation. The seconds for which the deployment is
         left alone for it, or 0. ``alone``: there is no other deployment in its group."""
+        ...
+
+    def has_room(self, deployment: Deployment, tokens: int, now: float) -> bool:
+        """Whether `reserve` would find room there, as far as is known here."""
+        ...
+
+    async def close(self, port: Port) -> None:
+        """Give back what is open. It may be used again."""
         ...
 
 
@@ -145,7 +158,7 @@ class MemoryLimits:
         with self.state.lock:
             for deployment in candidates:
                 state = of(deployment)
-                if full(deployment, state):
+                if deployment.max_parallel_requests is not None and full(deployment, state):
                     busy = True
                     continue
                 wait = _wait(deployment, state, tokens, now)
@@ -164,11 +177,18 @@ class MemoryLimits:
         state.requests += 1
         state.tokens += tokens
         health = state.health
-        probe = health.admits(now) == "probe"
+        probe = bool(health.until) and health.admits(now) == "probe"
         reservation = Reservation(deployment, state, tokens, probe=probe)
         if probe:
             health.prober, health.probe_ends = reservation.call, now + self.cooldown.probe_time
         return reservation
+
+    async def close(self, port: Port) -> None:
+        """Nothing is open here."""
+
+    def has_room(self, deployment: Deployment, tokens: int, now: float) -> bool:
+        state = self.state.of(deployment)
+        return not full(deployment, state) and _wait(deployment, state, tokens, now) <= 0
 
     def settle(self, reservation: Reservation, outcome: Outcome, now: float, *, alone: bool = False) -> float:
         return self.settled(reservation, outcome, now, alone)[0]
@@ -233,7 +253,8 @@ class SharedLimits(MemoryLimits):
 
     What others have used and benched is known here with the next reservation. ``breaker``: asks Redis nothing
     while it fails. Failures that an ``allowed_fails_policy`` counts by class, and the share of failures, are
-    counted by each process for itself; cooldowns are everybody's.
+    counted by each process for itself; cooldowns are everybody's. ``connection``: that of ``store``, if it is
+    closed with this.
     """
 
     def __init__(
@@ -243,10 +264,17 @@ class SharedLimits(MemoryLimits):
         cooldown: CooldownPolicy | None = None,
         *,
         breaker: Breaker | None = None,
+        connection: object = None,
     ) -> None:
         super().__init__(state, cooldown)
         self.store = store
         self._breaker = breaker or Breaker()
+        self._connection = connection
+
+    async def close(self, port: Port) -> None:
+        await port.pull(self.store.close)
+        if self._connection is not None:
+            await port.store(self._connection, "close")
 
     async def reserve(
         self, port: Port, candidates: Sequence[Deployment], tokens: int, now: float

@@ -17,8 +17,8 @@ from typing import Any, Final
 
 from ..caching.environ import resolved
 from ..errors import ConfigError, did_you_mean, nearest
+from ..providers.connection import CONNECTION, SECRETS
 from ..providers.registry import Provider, Registry, registry
-from ..providers.target import CONNECTION, SECRETS
 from .deployment import Deployment
 from .fields import count, headers, info, labels, mapping, number, seconds, switch, text, token
 from .parameters import IGNORED, PARAMETERS, UNSERVED
@@ -295,8 +295,16 @@ class Groups:
         order = sorted(patterns, key=lambda group: (group.count(ANY) - len(group), group.count(ANY)))
         self._patterns = [(_pattern(group), patterns[group]) for group in order]
 
+    @property
+    def aliases(self) -> frozenset[str]:
+        return frozenset(self._aliases)
+
     def __contains__(self, model: object) -> bool:
         return isinstance(model, str) and bool(self.find(model))
+
+    def name(self, model: str) -> str:
+        """What ``model`` is an alias of, else itself."""
+        return self._aliases.get(model, model)
 
     def find(self, model: str) -> list[Deployment]:
         """Those that serve ``model``: of the group of that name, else of the most specific pattern that all

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from ..providers import connection
+
 __all__ = ["IGNORED", "PARAMETERS", "UNSERVED"]
 
 # OpenAI's parameters and the commonest of others: a name that is nearly one of these is misspelt.
@@ -83,16 +85,6 @@ PARAMETERS: Final = frozenset(
     ]
 )
 # Said in model lists, and not known here. To leave one out in silence would be another deployment.
-UNSERVED: Final = frozenset(
-    [
-        "azure_password",
-        "azure_username",
-        "client_id",
-        "client_secret",
-        "mock_response",
-        "tenant_id",
-        "vertex_credentials",
-    ]
-)
+UNSERVED: Final = connection.UNSERVED | {"mock_response"}
 # Of LiteLLM's proxy; they say nothing of a deployment.
 IGNORED: Final = frozenset(["litellm_credential_name", "use_in_pass_through", "use_litellm_proxy"])

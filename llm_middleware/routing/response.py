@@ -46,7 +46,11 @@ _BLANK_LINES = (b"\n\n", b"\r\n\r\n", b"\r\r")
 class RouteInfo:
     """How an answer was got. ``model``: the group that answered; ``deployment``: its public id; both None for
     an answer from the cache. ``attempts``: calls of providers in all. ``fallback``: whether another group
-    than the one asked for answered. ``failures``: (deployment, code) of the attempts before."""
+    than the one asked for answered. ``failures``: (deployment, code) of the attempts before.
+
+    When the answer is whole: ``tokens`` in all and ``output_tokens``, as the provider counts them; ``cost``
+    by the deployment's prices, None where they are not known; ``latency``: seconds that the deployment
+    took."""
 
     asked: str
     model: str | None = None
@@ -54,6 +58,10 @@ class RouteInfo:
     attempts: int = 0
     fallback: bool = False
     failures: list[tuple[str, str | None]] = field(default_factory=list)
+    tokens: int | None = None
+    output_tokens: int = 0
+    cost: float | None = None
+    latency: float | None = None
 
 
 class _Object(Mapping[str, Any]):
@@ -77,14 +85,15 @@ class _Object(Mapping[str, Any]):
         return len(self._members())
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
+        if name[:1] == "_":
             raise AttributeError(name)
         try:
-            return _shown(self._members()[name])
+            value = (self._data or self._members())[name]
         except KeyError:
             if name in _OPTIONAL:
                 return None
             raise AttributeError(f"the answer has no {name!r}") from None
+        return _Object(value) if type(value) is dict else _shown(value)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__.lstrip('_')}({self._members()!r})"
@@ -96,9 +105,9 @@ class _Object(Mapping[str, Any]):
 
 
 def _shown(value: Any) -> Any:
-    if isinstance(value, dict):
+    if type(value) is dict:  # JSON has no other kinds
         return _Object(value)
-    if isinstance(value, list):
+    if type(value) is list:
         return [_shown(item) for item in value]
     return value
 
@@ -113,7 +122,7 @@ class ModelResponse(_Object):
     __slots__ = ("cache", "raw", "route")
 
     def __init__(self, raw: bytes, cache: CacheInfo | None, route: RouteInfo) -> None:
-        super().__init__({})
+        self._data = {}
         self.raw = raw
         self.cache = cache
         self.route = route

@@ -13,7 +13,6 @@ The rules:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -33,8 +32,9 @@ from ..errors import (
     UpstreamServerError,
     did_you_mean,
 )
+from .fields import check_number
 
-__all__ = ["Decision", "Retries", "policy_names", "read_policy"]
+__all__ = ["Decision", "Retries", "policy_names", "read_policy", "repeatable"]
 
 _LONGEST: Final = 60.0  # seconds that a call waits which has no deadline
 _TOLERANCE: Final = 0.1  # of a wait that is added at most, so that not all who wait come at once
@@ -66,10 +66,12 @@ def policy_names(error: ProviderError) -> list[str]:
 def read_policy(policy: Mapping[str, int | None] | None, suffix: str, param: str) -> dict[str, int]:
     """``policy`` without the ``suffix`` that its names have; entries that are None are left out.
 
-    `ConfigError` for a name that is unknown, and for a number below zero.
+    `ConfigError` for a name that is unknown, and for what is no whole number from zero on.
     """
     numbers: dict[str, int] = {}
     names = [name + suffix for name in _KNOWN]
+    if policy is not None and not isinstance(policy, Mapping):
+        raise ConfigError(f"{param}: expected a mapping of names to numbers, got {policy!r}", param=param)
     for name, number in (policy or {}).items():
         if name not in names:
             hint = did_you_mean(name, names)
@@ -98,7 +100,7 @@ class Retries:
     ``retry_policy``: attempts after the first by error class (``{"TimeoutErrorRetries": 3}``).
     ``backoff``, ``longest_backoff``: seconds that bound the first random wait, and all.
 
-    `ConfigError` for a number below zero and for unknown names.
+    `ConfigError` for what is no number from zero on, and for unknown names.
     """
 
     num_retries: int = 2
@@ -110,9 +112,7 @@ class Retries:
 
     def __post_init__(self) -> None:
         for name in ("num_retries", "retry_after", "backoff", "longest_backoff"):
-            value = getattr(self, name)
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"{name}: expected a number >= 0, got {value!r}", param=name)
+            check_number(name, getattr(self, name), whole=name == "num_retries")
         numbers = read_policy(self.retry_policy, "Retries", "retry_policy")
         object.__setattr__(self, "_by_name", numbers)
 
@@ -137,7 +137,7 @@ class Retries:
         """What to do after ``error``. ``made``: retries so far. ``another``: whether a deployment is free
         that this call has not tried. ``deadline``: on the scale of ``now``; None: there is none."""
         give_up = Decision("give up", retry_after=error.retry_after)
-        if made >= self.allowed(error) or not (another or _repeatable(error)):
+        if made >= self.allowed(error) or not (another or repeatable(error)):
             return give_up
         seconds = 0.0 if another else self._wait(error, made, random)
         longest = max(_LONGEST, self.retry_after) * (1 + _TOLERANCE)
@@ -155,6 +155,6 @@ class Retries:
         return least + random.uniform(0.0, min(_MOST_ADDED, least * _TOLERANCE))
 
 
-def _repeatable(error: ProviderError) -> bool:
+def repeatable(error: ProviderError) -> bool:
     """Whether the same deployment may answer the second time."""
     return not isinstance(error, AuthenticationError | PermissionDeniedError | NotFoundError)

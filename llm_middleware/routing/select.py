@@ -15,6 +15,7 @@ _DEFAULT = "default"
 _UNREAD = frozenset(
     {"role", "type", "image_url", "input_audio", "file", "file_data"}
 )  # no text of the prompt
+_PLAIN = frozenset({"role", "content"})  # what most messages have
 
 
 def prompt_tokens(body: Mapping[str, object]) -> int:
@@ -26,6 +27,8 @@ def prompt_tokens(body: Mapping[str, object]) -> int:
 
 
 def _length(value: object) -> int:
+    if type(value) is dict and type(text := value.get("content")) is str and value.keys() <= _PLAIN:
+        return len(text)
     if isinstance(value, str):
         return len(value)
     if isinstance(value, Mapping):

@@ -4,35 +4,49 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from random import Random
+from typing import Any, Final
 
+from ..caching.manager import CacheManager
 from ..errors import ConfigError, LLMMiddlewareError, did_you_mean
 from ..providers.messages import Timeouts
 from ..providers.registry import registry
+from .checks import check_deployments
 from .cooldown import CooldownPolicy
 from .deployment import Deployment
 from .fallback import Fallbacks
 from .flow import Routing
-from .limits import Limits, MemoryLimits
+from .limits import Limits, MemoryLimits, SharedLimits
 from .model_list import Groups, read_model_list
 from .retry import Retries
 from .state import RouterState
 from .strategies import Strategy, named_strategy
 
-__all__ = ["RouterSettings", "check_seconds", "make_settings"]
+__all__ = ["STREAM_ERRORS", "RouterSettings", "check_seconds", "make_settings"]
 
 logger = logging.getLogger("llm_middleware")
+
+STREAM_ERRORS: Final = ("error", "continue")
+_REDIS: Final = ("host", "port", "password", "url")
+_RENAMED: Final = {"default_max_parallel_requests": "max_parallel_requests"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    """Times are seconds. ``timeout``, ``stream_timeout``: for a whole call, attempts, waits, fallbacks and
-    the reading of the answer included. ``fallbacks`` and their kin: lists of ``{group: [groups]}``;
+    """Times are seconds. ``timeout``: for a whole call, attempts, waits, fallbacks and the reading of the
+    answer included; ``stream_timeout``: for which a stream may say nothing, before its first event or between
+    two. ``fallbacks`` and their kin: lists of ``{group: [groups]}``;
     ``max_fallbacks``: how many other groups a call may ask. ``wait_for_capacity``: for how long a call waits
     where every deployment is at its limit or cooling down. ``enable_pre_call_checks``: a prompt goes to no
-    model that cannot read it. ``providers``: rows on top of the built-in table. The others: see
+    model that cannot read it. ``max_parallel_requests``: of each deployment that has none of its own.
+    ``on_stream_error``: what becomes of a stream that breaks after its first content: ``error``, or
+    ``continue``: another deployment goes on where that is possible. ``caching_groups``: lists of groups that
+    share their answers. ``redis_url`` or ``redis_host``, ``redis_port``, ``redis_password``: a Redis by which
+    all processes keep limits and cooldowns together; ``redis``: any other settings of it, as for
+    ``CacheManager(type="redis")``. ``providers``: rows on top of the built-in table. The others: see
     `CooldownPolicy`, `Retries` and `named_strategy`.
     """
 
@@ -56,6 +70,14 @@ class RouterSettings:
     enable_pre_call_checks: bool = False
     enable_tag_filtering: bool = False
     wait_for_capacity: float = 0.0
+    max_parallel_requests: int | None = None
+    on_stream_error: str = "error"
+    caching_groups: Sequence[Sequence[str]] = ()
+    redis_url: str | None = None
+    redis_host: str | None = None
+    redis_port: int | str | None = None
+    redis_password: str | None = field(default=None, repr=False)
+    redis: Mapping[str, object] = field(default_factory=dict, repr=False)
     providers: Mapping[str, Mapping[str, object]] | None = None
     set_verbose: bool = False
 
@@ -65,8 +87,39 @@ class RouterSettings:
         _check_number("num_retries", self.num_retries, int)
         _check_number("max_fallbacks", self.max_fallbacks, int)
         _check_number("wait_for_capacity", self.wait_for_capacity, int, float)
+        if self.max_parallel_requests is not None:
+            _check_number("max_parallel_requests", self.max_parallel_requests, int)
+        if self.on_stream_error not in STREAM_ERRORS:
+            expected = f"on_stream_error: expected one of {', '.join(STREAM_ERRORS)}"
+            raise ConfigError(f"{expected}, got {self.on_stream_error!r}", param="on_stream_error")
+        self.shared_names()
         if self.set_verbose:
             logger.setLevel(logging.DEBUG)
+
+    def cache(self) -> CacheManager:
+        """A cache in the shared Redis, or in memory where there is none."""
+        redis = self.redis_settings()
+        return CacheManager(type="redis", **redis) if redis else CacheManager()  # type: ignore[arg-type]
+
+    def redis_settings(self) -> dict[str, object]:
+        """How to reach the Redis that is shared; empty where none is."""
+        if not isinstance(self.redis, Mapping):
+            raise ConfigError(f"redis: expected a mapping, got {type(self.redis).__name__}", param="redis")
+        named = {name: getattr(self, f"redis_{name}") for name in _REDIS}
+        return {**self.redis, **{name: value for name, value in named.items() if value is not None}}
+
+    def shared_names(self) -> dict[str, str]:
+        """From a group to the one whose name stands for it in cache keys."""
+        names: dict[str, str] = {}
+        for place, groups in enumerate(_list(self.caching_groups, "caching_groups")):
+            param = f"caching_groups[{place}]"
+            for group in _list(groups, param):
+                if not isinstance(group, str):
+                    raise ConfigError(f"{param}: expected names of models, got {group!r}", param=param)
+                if group in names:
+                    raise ConfigError(f"caching_groups: {group!r} is there twice", param="caching_groups")
+                names[group] = str(groups[0])
+        return names
 
     def routing(
         self, model_list: Sequence[Mapping[str, object]], limits: Limits | None, random: Random
@@ -76,11 +129,13 @@ class RouterSettings:
         deployments = read_model_list(
             model_list, default_litellm_params=self.default_litellm_params, providers=table
         )
+        check_deployments(deployments, table)
         strategy = self.routing_strategy
         if isinstance(strategy, str):
             strategy = named_strategy(strategy, **self.routing_strategy_args)
-        if limits is None:
-            limits = MemoryLimits(RouterState(), self._cooldown())
+        if self.max_parallel_requests is not None:
+            deployments = tuple(self._bounded(each) for each in deployments)
+        limits = limits or self._limits()
         return deployments, Routing(
             groups=Groups(deployments, self.model_group_alias, table),
             providers=table,
@@ -106,6 +161,25 @@ class RouterSettings:
             random=random,
         )
 
+    def _bounded(self, deployment: Deployment) -> Deployment:
+        if deployment.max_parallel_requests is not None:
+            return deployment
+        return replace(deployment, max_parallel_requests=self.max_parallel_requests)
+
+    def _limits(self) -> Limits:
+        state, cooldown, redis = RouterState(), self._cooldown(), self.redis_settings()
+        if not redis:
+            return MemoryLimits(state, cooldown)
+        from ..stores.redis_connect import RedisConnection  # on first use: they bring asyncio
+        from ..stores.redis_limits import RedisLimits
+
+        namespace = str(redis.pop("namespace", "llm"))
+        connection = RedisConnection.from_settings(redis)
+        store = RedisLimits(
+            connection, namespace=namespace, probe=cooldown.probe_time, latency_ttl=state.latency_ttl
+        )
+        return SharedLimits(state, store, cooldown, connection=connection)
+
     def _cooldown(self) -> CooldownPolicy:
         return CooldownPolicy(
             allowed_fails=self.allowed_fails,
@@ -118,6 +192,7 @@ def make_settings(given: Mapping[str, object]) -> RouterSettings:
     """`ConfigError` names an unknown setting and the nearest that there is. None is as good as not given, but
     for a timeout, of which it means that there is none."""
     names = [setting.name for setting in fields(RouterSettings)]
+    given = {_RENAMED.get(name, name): value for name, value in given.items()}
     for name in given:
         if name not in names:
             hint = did_you_mean(name, names)
@@ -126,9 +201,17 @@ def make_settings(given: Mapping[str, object]) -> RouterSettings:
     return RouterSettings(**said)  # type: ignore[arg-type]
 
 
+def _list(value: object, param: str) -> Sequence[Any]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise ConfigError(f"{param}: expected a list, got {value!r}", param=param)
+    return value
+
+
 def check_seconds(name: str, value: object, error: type[LLMMiddlewareError] = ConfigError) -> None:
     """``error`` where ``value`` is no number of seconds above zero, nor None."""
-    wrong = isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+    wrong = (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max
+    )
     if value is not None and wrong:
         raise error(f"{name}: expected seconds > 0, got {value!r}", param=name)
 

@@ -6,18 +6,23 @@ long the process runs. Times are seconds on any one scale that never goes back.
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
 from .cooldown import Health
 from .deployment import Deployment
+from .waiting import Lines
 
 __all__ = ["HALF_LIVES", "LATENCY_TTL", "DeploymentState", "Mean", "RouterState", "View"]
 
 LATENCY_TTL: Final = 60.0  # seconds
 HALF_LIVES: Final = 4  # of a latency in its time to live
+
+_living: Final[weakref.WeakSet[RouterState]] = weakref.WeakSet()
 
 
 class Mean:
@@ -47,11 +52,23 @@ class Mean:
 class DeploymentState:
     """Of one deployment. ``window``: which minute ``requests`` and ``tokens`` count, until ``ends``; negative
     where only this process knows it. ``flying``: the calls in flight, one number for each.
-    ``first_token``, ``per_token``: seconds until the first token of streams, and for each token of others."""
+    ``first_token``, ``per_token``: seconds until the first token of streams, and for each token of others.
+    ``lines``: those of its Router."""
 
-    __slots__ = ("ends", "first_token", "flying", "health", "per_token", "requests", "tokens", "window")
+    __slots__ = (
+        "ends",
+        "first_token",
+        "flying",
+        "health",
+        "lines",
+        "per_token",
+        "requests",
+        "tokens",
+        "window",
+    )
 
-    def __init__(self) -> None:
+    def __init__(self, lines: Lines) -> None:
+        self.lines = lines
         self.window = 0
         self.ends = float("-inf")
         self.requests = self.tokens = 0
@@ -73,19 +90,23 @@ class DeploymentState:
 
 class RouterState:
     """Of all deployments of one Router. ``latency_ttl``: seconds after which a deployment that had no call is
-    tried again, whatever it took before. Changes are made under ``lock``; reading takes none."""
+    tried again, whatever it took before. ``lines``: of calls that wait for room. Changes are made under
+    ``lock``; reading takes none."""
 
-    __slots__ = ("_states", "latency_ttl", "lock")
+    __slots__ = ("__weakref__", "_states", "latency_ttl", "lines", "lock")
 
     def __init__(self, *, latency_ttl: float = LATENCY_TTL) -> None:
         self.latency_ttl = latency_ttl
-        self.lock = threading.Lock()
+        # Reentrant: a stream that is collected ends its call in whichever thread allocates just then.
+        self.lock = threading.RLock()
+        self.lines = Lines()
         self._states: dict[str, DeploymentState] = {}
+        _living.add(self)
 
     def of(self, deployment: Deployment) -> DeploymentState:
         state = self._states.get(deployment.id)
         if state is None:
-            state = self._states.setdefault(deployment.id, DeploymentState())
+            state = self._states.setdefault(deployment.id, DeploymentState(self.lines))
         return state
 
     def keep(self, deployments: Iterable[Deployment]) -> None:
@@ -93,6 +114,14 @@ class RouterState:
         ids = {deployment.id for deployment in deployments}
         for gone in self._states.keys() - ids:
             self._states.pop(gone, None)
+
+    def forked(self) -> None:
+        """This is a child of the process that has made the calls in flight; they do not end here."""
+        self.lock = threading.RLock()
+        self.lines.clear()
+        for state in self._states.values():
+            state.flying.clear()
+            state.health.prober = 0
 
 
 @dataclass(slots=True)
@@ -105,3 +134,12 @@ class View:
     prompt_tokens: int = 0
     max_tokens: int | None = None
     stream: bool = False
+
+
+def _forked() -> None:
+    for state in tuple(_living):
+        state.forked()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)

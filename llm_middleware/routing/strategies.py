@@ -13,6 +13,7 @@ from typing import Final, Protocol
 
 from ..errors import ConfigError, nearest
 from .deployment import Deployment
+from .fields import check_number
 from .state import View
 
 __all__ = [
@@ -83,11 +84,7 @@ class LatencyBased:
     """
 
     def __init__(self, *, lowest_latency_buffer: float = 0.0) -> None:
-        if not 0 <= lowest_latency_buffer < math.inf:
-            raise ConfigError(
-                f"lowest_latency_buffer: expected a share >= 0, got {lowest_latency_buffer!r}",
-                param="lowest_latency_buffer",
-            )
+        check_number("lowest_latency_buffer", lowest_latency_buffer)
         self._buffer = lowest_latency_buffer
 
     def rank(self, candidates: Sequence[Deployment], view: View, random: Random) -> list[Deployment]:
@@ -122,6 +119,7 @@ class CostBased:
     ``output_cost_per_token`` of the deployments' ``info``. Who has no price comes last."""
 
     def __init__(self, *, output_tokens: int = _OUTPUT_TOKENS) -> None:
+        check_number("output_tokens", output_tokens, whole=True)
         self._output_tokens = output_tokens
 
     def rank(self, candidates: Sequence[Deployment], view: View, random: Random) -> list[Deployment]:
@@ -168,9 +166,11 @@ def named_strategy(name: str, **options: object) -> Strategy:
 
 def first_order(candidates: Sequence[Deployment]) -> Sequence[Deployment]:
     """Those of the least ``order``."""
-    least = min([each.order for each in candidates], default=0)
-    first = [each for each in candidates if each.order == least]
-    return candidates if len(first) == len(candidates) else first
+    orders = {each.order for each in candidates}
+    if len(orders) < 2:
+        return candidates
+    least = min(orders)
+    return [each for each in candidates if each.order == least]
 
 
 def rank_by_order(
@@ -178,6 +178,8 @@ def rank_by_order(
 ) -> list[Deployment]:
     """All of ``candidates``, those of a lesser ``order`` before the others, and otherwise as ``strategy``
     says: so one reservation comes to the next order where the one before it cools or is at its limits."""
+    if len(candidates) == 1:
+        return list(candidates)  # there is nothing to choose
     ranked: list[Deployment] = []
     while candidates:
         first = first_order(candidates)
@@ -191,8 +193,9 @@ def rank_by_order(
 
 def _weights(candidates: Sequence[Deployment]) -> list[float] | None:
     """None where all are equal."""
-    weights = [each.weight for each in candidates]
-    if weights.count(1.0) == len(weights):
+    given = [each.weight for each in candidates]
+    weights = [1.0 if weight is None else weight for weight in given]
+    if given.count(None) == len(given):
         for limits in ([each.rpm for each in candidates], [each.tpm for each in candidates]):
             if all(limits):
                 weights = [float(limit or 0) for limit in limits]

@@ -151,7 +151,7 @@ class _Outbox:
     def __init__(self, limits: RedisLimits) -> None:
         self.size = 0
         self._limits = limits
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may tell something in a thread that has it
         self._batches: dict[str, _Batch] = {}
         self._thread: threading.Thread | None = None
         self._over = threading.Event()
@@ -161,7 +161,8 @@ class _Outbox:
             return {}
         with self._lock:
             batch = self._batches.pop(group, {})
-            self.size -= len(batch)
+            count = len(batch)
+            self.size -= count
             return batch
 
     def put(self, group: str, deployment: str, told: Told) -> None:
@@ -178,15 +179,14 @@ class _Outbox:
 
     def _add(self, group: str, place: tuple[str, int], told: Told) -> None:
         batch = self._batches.setdefault(group, {})
-        before = batch.get(place)
-        if before is not None:
-            before.merge(told)
-            return
-        if self.size >= _MOST:
+        if self.size >= _MOST and place not in batch:
             logger.debug("redis limits: too much to tell, something is left out")
             return
-        batch[place] = told
-        self.size += 1
+        held = batch.setdefault(place, told)
+        if held is told:
+            self.size += 1
+        else:
+            held.merge(told)
 
     def _start(self) -> None:
         thread = threading.Thread(target=self._run, name=_THREAD, daemon=True)

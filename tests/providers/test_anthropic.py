@@ -34,6 +34,7 @@ from llm_middleware.errors import (
 from llm_middleware.providers.anthropic import answer, build, events, failure
 from llm_middleware.providers.registry import registry
 from llm_middleware.providers.target import Target, target_of
+from llm_middleware.routing.deployment import Deployment
 from llm_middleware.testing import FakeUpstream
 
 HI = [{"role": "user", "content": "hi"}]
@@ -383,6 +384,25 @@ class TestParameters:
         assert sent(max_tokens=5, max_completion_tokens=7)["max_tokens"] == 7
         assert sent(max_tokens=None)["max_tokens"] == 4096
         assert refused(max_tokens="5").param == "max_tokens"
+
+    def test_the_longest_answer_of_the_model_is_the_default_where_it_is_known(self):
+        large, small = target(OLD, max_output_tokens=64_000), target(OLD, max_output_tokens=1500)
+        assert sent(large)["max_tokens"] == 64_000
+        assert sent(large, max_tokens=5)["max_tokens"] == 5
+        fields = sent(large, reasoning_effort="high")  # what is thought counts as well
+        assert (fields["thinking"]["budget_tokens"], fields["max_tokens"]) == (4096, 64_000)
+        fields = sent(small, reasoning_effort="high")
+        assert (fields["thinking"]["budget_tokens"], fields["max_tokens"]) == (1499, 1500)
+        assert "thinking" not in sent(target(OLD, max_output_tokens=1024), reasoning_effort="low")
+
+    @pytest.mark.parametrize(
+        ("told", "sends"), [(8192, 8192), (None, 4096), ("8192", 4096), (0, 4096), (True, 4096)]
+    )
+    def test_the_deployment_tells_it(self, told, sends):
+        named = Deployment(
+            id="d", group="g", provider="anthropic", model=NEW, info={"max_output_tokens": told}
+        )
+        assert sent(target_of(named, environ={}))["max_tokens"] == sends
 
     def test_names_that_differ(self):
         fields = sent(stop="END", user="u-1", service_tier="default", temperature=0.5, top_p=0.9, top_k=4)

@@ -293,6 +293,9 @@ class TestParameters:
             "thinking": {"type": "enabled", "budget_tokens": 1024}
         }
         assert budget["inferenceConfig"] == {"maxTokens": 5120}
+        small = sent(target(CLAUDE, max_output_tokens=3000), reasoning_effort="low")
+        assert small["inferenceConfig"] == {"maxTokens": 3000}
+        assert "inferenceConfig" not in sent(target(CLAUDE, max_output_tokens=3000))
         effort = sent(target(NEWER), reasoning_effort="high")
         assert effort["additionalModelRequestFields"] == {"thinking": {"type": "adaptive"}}
         assert effort["outputConfig"] == {"effort": "high"}

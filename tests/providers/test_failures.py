@@ -81,6 +81,11 @@ class TestClasses:
             ({"error": {"type": "invalid_request_error"}}, BadRequestError, 400),
             ({"error": {"code": "content_filter"}}, ContentPolicyError, 400),
             ({"error": {"message": "m"}}, UpstreamServerError, 502),
+            # Anthropic's: https://platform.claude.com/docs/en/api/errors
+            ({"type": "error", "error": {"type": "billing_error"}}, PermissionDeniedError, 402),
+            ({"type": "error", "error": {"type": "timeout_error"}}, DeadlineError, 504),
+            ({"type": "error", "error": {"type": "gateway_timeout_error"}}, DeadlineError, 504),
+            ({"type": "error", "error": {"type": "conflict_error"}}, ProviderError, 409),
         ],
     )
     def test_an_event_of_a_stream_says_what_the_status_cannot(self, event, expected, status):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -9,7 +11,7 @@ import pytest
 
 from llm_middleware import ConfigError
 from llm_middleware._drive import run_sync
-from llm_middleware.errors import AuthenticationError, SuspendedInSyncError
+from llm_middleware.errors import AuthenticationError, InvalidRequestError, SuspendedInSyncError
 from llm_middleware.providers.registry import Registry, origin_of, registry
 from llm_middleware.providers.table import ALIASES, ROWS
 from llm_middleware.providers.target import authorized, target_of
@@ -260,6 +262,16 @@ class TestKeys:
         with pytest.raises(ConfigError, match=r"^heroku needs api_base or HEROKU_API_BASE$"):
             meant("heroku/m")
 
+    def test_a_deployment_with_aws_keys_is_not_the_environments_api_key(self):
+        environ = {"AWS_BEARER_TOKEN_BEDROCK": "b"}
+        place = {"aws_region_name": "eu-west-1"}
+        assert key_sent(meant("bedrock/m", environ, **place)) == "Bearer b"
+        for name in ("aws_access_key_id", "aws_profile_name", "aws_role_name"):
+            assert meant("bedrock/m", environ, **place, **{name: "x"}).headers == {}
+        assert key_sent(meant("bedrock/m", environ, **place, aws_profile_name="x", api_key="k")) == "Bearer k"
+        theirs = {"aws_access_key_id": "A", "aws_secret_access_key": "B"}
+        assert target_of(Served("bedrock", "m", place), theirs, environ=environ).headers == {}
+
     def test_suffixes_are_added_where_they_are_missing(self):
         assert meant("ollama/m").base_url == "http://localhost:11434/v1"
         assert meant("ollama/m", api_base="http://gpu:11434/").base_url == "http://gpu:11434/v1"
@@ -351,8 +363,6 @@ class TestCallers:
         target = self.over(api_base="https://theirs.example/v1")
         assert target.headers == {}
         assert target.drop_params is True
-        own = self.over(api_base="https://api.groq.com/openai/v1")
-        assert own.headers == {"authorization": "Bearer key-of-groq"}
         vllm = Served("hosted_vllm", "m", {"api_base": "http://gpu:8000/v1", "api_key": "house-key"})
         assert self.over(vllm, api_base="http://theirs.example/v1").headers == {}
         azure = Served("azure", "m", {"api_base": "https://r.openai.azure.com", "azure_ad_token": "house"})
@@ -362,6 +372,116 @@ class TestCallers:
         vllm = Served("hosted_vllm", "m", {"api_base": "http://gpu:8000/v1", "api_key": "house-key"})
         target = self.over(vllm, api_base="http://gpu:8000/v2")
         assert (target.base_url, key_sent(target)) == ("http://gpu:8000/v2", "Bearer house-key")
+
+    def test_an_address_that_is_the_deployments_changes_nothing(self):
+        own = self.over(api_base="https://api.groq.com/openai/v1")
+        assert own.headers == {"authorization": "Bearer house-key", "x-house": "h"}
+        plain = self.over(Served("groq"), api_base="https://api.groq.com/openai/v1/")
+        assert plain.headers == {"authorization": "Bearer key-of-groq"}
+        by_variable = {"GROQ_API_KEY": "k", "GROQ_API_BASE": "https://proxy.example/groq"}
+        theirs = {"api_base": "https://proxy.example/groq"}
+        assert key_sent(target_of(Served("groq"), theirs, environ=by_variable)) == "Bearer k"
+        theirs = {"api_base": "https://api.groq.com/openai/v1"}
+        assert key_sent(target_of(Served("groq"), theirs, environ=by_variable)) is None
+
+    def test_a_callers_address_of_another_provider_gets_no_key_of_the_environment(self):
+        target = self.over(api_base="https://api.x.ai/v1")
+        assert (target.provider.name, target.headers, target.house) == ("xai", {}, False)
+        assert self.over(Served("openai", "grok-4"), api_base="https://api.x.ai/v1").headers == {}
+        mine = registry({"house": {"base_url": "https://house.example/v1", "auth": lambda: "t"}})
+        away = {"api_base": "https://house.example/v1"}
+        assert target_of(Served("groq"), away, providers=mine, environ=KEYS).token is None
+
+    @pytest.mark.parametrize(
+        "brought",
+        [
+            {"azure_ad_token": "theirs"},
+            {"azure_ad_token_provider": lambda: "theirs"},
+            {"aws_access_key_id": "A", "aws_secret_access_key": "B"},
+        ],
+    )
+    def test_who_brings_credentials_uses_nobody_elses(self, brought):
+        environ = KEYS | {"OPENAI_ORG_ID": "org-9"}
+        connection = {"api_key": "k", "organization": "org-1", "project": "p-1", "aws_role_name": "arn"}
+        for served in (Served("openai", "m", connection), Served("openai"), Served("bedrock_mantle")):
+            target = target_of(served, {**brought, "aws_region_name": "eu-west-1"}, environ=environ)
+            assert not {"openai-organization", "openai-project"} & target.headers.keys()
+            assert "key-of" not in repr(dict(target.headers))
+            assert "Bearer k" not in target.headers.values()
+            assert "aws_role_name" not in target.connection
+            assert (target.caller_key, target.house) == (True, False)
+
+    def test_an_empty_key_is_none(self):
+        assert key_sent(self.over(api_key="")) == "Bearer house-key"
+        assert self.over(api_key="", azure_ad_token=None).house is True
+
+    @pytest.mark.parametrize(
+        ("wrong", "param"),
+        [
+            ({"aws_profile_name": "admin"}, "aws_profile_name"),
+            ({"aws_role_name": "arn:aws:iam::1:role/r"}, "aws_role_name"),
+            ({"aws_session_name": "s"}, "aws_session_name"),
+            ({"vertex_credentials": "/etc/key.json"}, "vertex_credentials"),
+            ({"aws_web_identity_token": "oidc/file//etc/x"}, "aws_web_identity_token"),
+            ({"aws_sts_endpoint": "https://h.example"}, "aws_sts_endpoint"),
+            ({"tenant_id": "t"}, "tenant_id"),
+            ({"temperature": 1}, "temperature"),
+            ({"api_key": 5}, "api_key"),
+            ({"api_key": "os.environ/OPENAI_API_KEY"}, "api_key"),
+            ({"api_base": " os.environ/HOME"}, "api_base"),
+            ({"api_base": lambda: "https://h.example"}, "api_base"),
+            ({"api_base": "ftp://h.example"}, "api_base"),
+            ({"base_url": "h.example"}, "api_base"),
+            ({"api_key": "a\r\nx-evil: 1"}, "api_key"),
+            ({"organization": "a\nb"}, "organization"),
+            ({"extra_headers": {"a": "b\r\nc: d"}}, "extra_headers"),
+            ({"extra_headers": {"a b": "c"}}, "extra_headers"),
+            ({"extra_headers": {"a": 5}}, "extra_headers"),
+            ({"extra_headers": {"a": "os.environ/HOME"}}, "extra_headers"),
+            ({"extra_headers": {"Host": "h.example"}}, "extra_headers"),
+            ({"extra_headers": {"Transfer-Encoding": "chunked"}}, "extra_headers"),
+            ({"extra_headers": {"Content-Length": "0"}}, "extra_headers"),
+            ({"extra_headers": {"Proxy-Authorization": "x"}}, "extra_headers"),
+            ({"extra_headers": {"Helicone-Target-Url": "https://h.example"}}, "extra_headers"),
+            ({"extra_headers": "a"}, "extra_headers"),
+            ({"extra_body": {"model": "the-dear-one"}}, "extra_body"),
+            ({"extra_body": {"stream": True}}, "extra_body"),
+            ({"extra_body": "x"}, "extra_body"),
+            ({"drop_params": "true"}, "drop_params"),
+            ({"additional_drop_params": "a"}, "additional_drop_params"),
+            ({"additional_drop_params": [1]}, "additional_drop_params"),
+            ({"max_retries": -1}, "max_retries"),
+            ({"aws_access_key_id": "A"}, "aws_secret_access_key"),
+            ({"aws_secret_access_key": "B"}, "aws_access_key_id"),
+            ({"aws_session_token": "C"}, "aws_access_key_id"),
+        ],
+    )
+    def test_what_a_caller_may_not_say_is_named(self, wrong, param):
+        with pytest.raises(InvalidRequestError) as caught:
+            self.over(**wrong)
+        assert (caught.value.param, caught.value.status) == (param, 400)
+        assert caught.value.message.startswith(f"{param}: ")
+
+    def test_no_value_of_a_callers_is_told(self):
+        for wrong in ({"api_key": "hidden\nx"}, {"api_base": "hidden"}, {"vertex_credentials": "hidden"}):
+            with pytest.raises(InvalidRequestError) as caught:
+                self.over(**wrong)
+            assert "hidden" not in str(caught.value)
+
+    @pytest.mark.parametrize("place", ["evil.example/x", "x.s3.us-east-1", "a.b", "..", "a@b"])
+    def test_a_callers_place_is_one_label_of_the_host(self, place):
+        served = Served("vertex_ai", "m", {"api_key": "k", "vertex_project": "p", "vertex_location": "l"})
+        with pytest.raises(InvalidRequestError, match=r"^vertex_location: expected letters"):
+            self.over(served, vertex_location=place)
+        with pytest.raises(InvalidRequestError, match=r"^aws_region_name: expected letters"):
+            self.over(Served("bedrock"), aws_region_name=place)
+        assert self.over(served, vertex_location="europe-west1").base_url.startswith("https://europe-west1-")
+
+    def test_what_is_wrong_with_the_deployment_is_not_the_callers_mistake(self):
+        with pytest.raises(ConfigError, match=r"^azure needs api_base"):
+            self.over(Served("azure"), api_key="theirs")
+        with pytest.raises(ConfigError, match=r"^api_key: a header"):
+            self.over(Served("groq", "m", {"api_key": "a\nb"}), drop_params=True)
 
     def test_a_callers_headers_and_fields_are_added(self):
         served = Served("groq", "m", {"extra_body": {"a": 1, "b": 1}, "extra_headers": {"x-a": "1"}})
@@ -407,8 +527,43 @@ class TestTokens:
         away = meant("house/m", providers=mine, api_base="https://away.example/v1")
         assert run_sync(authorized(away)).headers == {}
 
-    @pytest.mark.parametrize("give", [lambda: None, lambda: "", lambda: 1 / 0])
+    def test_what_may_block_is_run_where_it_may(self):
+        places = []
+
+        async def blocking(function, *args):
+            places.append(threading.current_thread().name)
+            return await asyncio.to_thread(function, *args)
+
+        def token():
+            places.append(threading.current_thread().name)
+            return "t"
+
+        async def awaited():
+            return token()
+
+        class Awaited:
+            async def __call__(self):
+                return token()
+
+        def returned():
+            places.append(threading.current_thread().name)
+            return awaited()
+
+        async def main():
+            here = threading.current_thread().name
+            for give, hops in ((token, [False]), (awaited, []), (Awaited(), []), (returned, [False])):
+                places.clear()
+                target = await authorized(meant("groq/m", api_key=give), blocking)
+                assert key_sent(target) == "Bearer t"
+                ran = [name == here for name in places]
+                assert ran == (
+                    [True, *hops] if hops and give is token else [True, False, True] if hops else [True]
+                )
+
+        asyncio.run(main())
+
+    @pytest.mark.parametrize("give", [lambda: None, lambda: "", lambda: 1 / 0, lambda: "a\r\nb"])
     def test_one_that_fails_is_an_authentication_error(self, give):
-        with pytest.raises(AuthenticationError, match="token provider") as caught:
+        with pytest.raises(AuthenticationError, match=r"the token (provider )?of the deployment") as caught:
             run_sync(authorized(meant("groq/m", api_key=give)))
         assert caught.value.code == "no_token"

@@ -251,6 +251,16 @@ def test_r34_a_timeout_of_the_callers_own_benches_nobody() -> None:
 def test_wrong_settings() -> None:
     with pytest.raises(ConfigError, match="did you mean 'RateLimitErrorAllowedFails'"):
         CooldownPolicy(allowed_fails_policy={"RateLimitAllowedFails": 1})
+    for name in ("allowed_fails", "cooldown_time", "failure_share", "failure_calls", "probe_time"):
+        for value in ("x", "1", True, float("nan"), float("inf"), -1, [1]):
+            with pytest.raises(ConfigError, match=rf"^{name}: expected a (whole )?number >= 0") as caught:
+                CooldownPolicy(**{name: value})  # type: ignore[arg-type]
+            assert caught.value.param == name
+    with pytest.raises(ConfigError, match="allowed_fails: expected a whole number"):
+        CooldownPolicy(allowed_fails=1.5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="cooldown_time: expected a number >= 0, got None"):
+        CooldownPolicy(cooldown_time=None)  # type: ignore[arg-type]
+    assert CooldownPolicy(allowed_fails=None).allowed_fails is None
     with pytest.raises(ConfigError, match="cooldown_time: expected a number >= 0, got -1"):
         CooldownPolicy(cooldown_time=-1)
 

@@ -80,7 +80,7 @@ class TestReading:
 
     def test_what_is_not_said_is_the_default(self):
         deployment = one()
-        assert (deployment.rpm, deployment.tpm, deployment.weight, deployment.order) == (None, None, 1.0, 0)
+        assert (deployment.rpm, deployment.tpm, deployment.weight, deployment.order) == (None, None, None, 0)
         assert (deployment.timeout, deployment.tags, deployment.params) == (None, frozenset(), {})
 
     def test_our_own_name_for_the_parameters(self):
@@ -96,8 +96,10 @@ class TestReading:
         assert getattr(one(**{name: 4}, top={name: 3}), name) == 3
         assert getattr(one(**{name: 4}, top={name: None}), name) == 4
 
-    def test_a_weight_of_nothing_is_one(self):
+    def test_a_weight_that_is_set_is_told_from_none(self):
         assert one(weight=0).weight == 0
+        assert one(weight=1).weight == 1
+        assert one(weight=None).weight is None
         assert one(weight=0.25).weight == 0.25
 
     def test_providers(self):
@@ -163,6 +165,9 @@ class TestReading:
 
 WRONG = [
     ({"rpm": "many"}, "litellm_params.rpm"),
+    ({"rpm": 10**400}, "litellm_params.rpm"),
+    ({"weight": 10**400}, "litellm_params.weight"),
+    ({"aws_web_identity_token": "oidc/file/x"}, "litellm_params.aws_web_identity_token"),
     ({"rpm": 0}, "litellm_params.rpm"),
     ({"rpm": 1.5}, "litellm_params.rpm"),
     ({"tpm": True}, "litellm_params.tpm"),

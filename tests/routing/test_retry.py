@@ -161,11 +161,36 @@ def test_other_transient_errors_are_retried_at_once() -> None:
         assert after(Retries(), error) == Decision("retry")
 
 
+@pytest.mark.parametrize("name", ["num_retries", "retry_after", "backoff", "longest_backoff"])
+@pytest.mark.parametrize("value", ["1", True, float("nan"), float("inf"), -1, 10**400, None, [1]])
+def test_a_number_is_a_number(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name}: expected a (whole )?number >= 0, got ") as caught:
+        Retries(**{name: value})  # type: ignore[arg-type]
+    assert caught.value.param == name
+
+
+def test_retries_are_whole_and_waits_need_not_be() -> None:
+    with pytest.raises(ConfigError, match=r"^num_retries: expected a whole number >= 0, got 1.5$"):
+        Retries(num_retries=1.5)  # type: ignore[arg-type]
+    assert Retries(num_retries=0, retry_after=1.5).retry_after == 1.5
+
+
+@pytest.mark.parametrize("policy", ["TimeoutErrorRetries", ["TimeoutErrorRetries"], 3])
+def test_a_policy_is_a_mapping(policy: object) -> None:
+    with pytest.raises(ConfigError, match=r"^retry_policy: expected a mapping") as caught:
+        Retries(retry_policy=policy)  # type: ignore[arg-type]
+    assert caught.value.param == "retry_policy"
+
+
+@pytest.mark.parametrize("number", ["1", True, 1.5, float("nan"), [1]])
+def test_a_number_of_a_policy_is_whole(number: object) -> None:
+    with pytest.raises(ConfigError, match=r"^retry_policy: TimeoutErrorRetries: expected a number >= 0"):
+        Retries(retry_policy={"TimeoutErrorRetries": number})  # type: ignore[dict-item]
+
+
 def test_wrong_settings() -> None:
     with pytest.raises(ConfigError, match="did you mean 'TimeoutErrorRetries'"):
         Retries(retry_policy={"TimoutErrorRetries": 1})
     with pytest.raises(ConfigError, match="RateLimitErrorRetries: expected a number >= 0, got -1"):
         Retries(retry_policy={"RateLimitErrorRetries": -1})
-    with pytest.raises(ConfigError, match="num_retries: expected a number >= 0"):
-        Retries(num_retries=-1)
     assert Retries(retry_policy={"RateLimitErrorRetries": None}).allowed(RateLimitError("")) == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ from llm_middleware.errors import (
     RateLimitError,
     UpstreamServerError,
 )
+from llm_middleware.providers.messages import Timeouts
 from llm_middleware.routing.router import Router
 from llm_middleware.testing import FakeUpstream
 
@@ -645,3 +647,30 @@ def test_many_equal_calls_at_once_are_one(upstreams: Callable[[], FakeUpstream])
         ids = {answer.id for answer in pool.map(lambda _: made.completion("m", other), range(40))}
     assert (up.count, len(ids)) == (2, 1)
     assert in_flight(made) == [0]
+
+
+def test_r34_who_cannot_be_connected_to_is_benched_whatever_the_caller_allows(face, upstreams) -> None:
+    """Its backlog is full, so that connections are neither accepted nor refused."""
+    good = upstreams()
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        for _ in range(4):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        bad = row(good, order=1, api_base=f"http://127.0.0.1:{full.getsockname()[1]}/v1")
+        made = router(bad, row(good, order=2), allowed_fails=0, cooldown_time=3600)
+        made._routing.timeouts = Timeouts(connect=0.3)
+        assert [face.ask(made, timeout=30).route.attempts for _ in range(2)] == [2, 1]
+
+
+def test_a_429_costs_no_retry_of_who_waits_for_capacity(
+    face: Face, upstreams: Callable[[], FakeUpstream]
+) -> None:
+    up = upstreams()
+    up.fail_next(429, 4, headers={"retry-after-ms": "20"})
+    made = router(row(up), num_retries=1, wait_for_capacity=10, cooldown_time=0)
+    assert face.ask(made).route.attempts == 5
+    up.fail_next(429, 4, headers={"retry-after-ms": "20"})
+    with pytest.raises(RateLimitError):
+        face.ask(router(row(up), num_retries=1, cooldown_time=0))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from llm_middleware import CacheManager
-from llm_middleware.errors import ProviderError, UpstreamConnectionError, UpstreamServerError
+from llm_middleware.errors import BadRequestError, ProviderError, UpstreamConnectionError, UpstreamServerError
 from llm_middleware.routing.router import Router
 from llm_middleware.testing import FakeUpstream
 from tests.services import wait_for
@@ -382,3 +382,26 @@ def test_r51_anthropic_streams_where_openai_breaks(face: Face, upstreams: Callab
     assert text(chunks) != ""
     assert isinstance(error, UpstreamConnectionError)
     assert in_flight(made) == [0, 0]
+
+
+def test_a_stream_that_ends_before_its_end_is_an_error(
+    face: Face, upstreams: Callable[[], FakeUpstream]
+) -> None:
+    """Its connection was closed in order, so that nothing but the missing end tells."""
+    up = upstreams()
+    said = b'data: {"choices": [{"index": 0, "delta": {"content": "Two"}, "finish_reason": null}]}\n\n'
+    up.fail_next(200, body=said)
+    chunks, error = face.read(face.open(router(up)))
+    assert [chunk.choices[0].delta.content for chunk in chunks] == ["Two"]
+    assert isinstance(error, UpstreamConnectionError)
+
+
+def test_a_model_that_has_no_streams_is_no_fault_of_its_deployment(
+    face: Face, upstreams: Callable[[], FakeUpstream]
+) -> None:
+    up = upstreams()
+    up.fail_next(200, body=b'{"object": "chat.completion", "choices": []}')
+    made = router(up, allowed_fails=0, cooldown_time=60)
+    with pytest.raises(BadRequestError, match="does not answer in a stream"):
+        face.open(made)
+    assert face.read(face.open(made))[1] is None

@@ -79,6 +79,16 @@ def test_r3_a_weight_that_is_set_counts_more_than_rpm() -> None:
     )
 
 
+def test_r3_a_weight_of_one_that_is_set_is_not_the_same_as_none() -> None:
+    strategy = named_strategy("simple-shuffle")
+    limited = [deployment("a", rpm=900), deployment("b", rpm=100)]
+    assert firsts(strategy, limited, view(), 2000)["a"] == pytest.approx(1800, abs=60)
+    weighted = [deployment("a", rpm=900, weight=1.0), deployment("b", rpm=100, weight=1.0)]
+    assert firsts(strategy, weighted, view(), 2000)["a"] == pytest.approx(1000, abs=80)
+    mixed = [deployment("a", rpm=900), deployment("b", rpm=100, weight=1.0)]
+    assert firsts(strategy, mixed, view(), 2000)["a"] == pytest.approx(1000, abs=80)
+
+
 def test_r4_without_weights_the_choice_is_uniform_and_so_is_the_rest_of_the_ranking() -> None:
     strategy, random = named_strategy("simple-shuffle"), Random(3)
     candidates = [deployment(name) for name in "abc"]
@@ -249,8 +259,17 @@ def test_an_unknown_name_is_answered_with_the_nearest(name: str, message: str) -
 def test_options_that_a_strategy_does_not_have() -> None:
     with pytest.raises(ConfigError, match="least-busy does not take these: lowest_latency_buffer"):
         named_strategy("least-busy", lowest_latency_buffer=0.1)
-    with pytest.raises(ConfigError, match="expected a share >= 0, got -1"):
-        named_strategy("latency-based-routing", lowest_latency_buffer=-1)
+
+
+@pytest.mark.parametrize("value", ["1", True, float("nan"), float("inf"), -1, None])
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("latency-based-routing", "lowest_latency_buffer"), ("cost-based-routing", "output_tokens")],
+)
+def test_the_value_of_an_option_is_a_number(name: str, option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{option}: expected a (whole )?number >= 0") as caught:
+        named_strategy(name, **{option: value})
+    assert caught.value.param == option
 
 
 @pytest.mark.parametrize(

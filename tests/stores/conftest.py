@@ -1,4 +1,4 @@
-"""Redis servers that the tests of one file share. A file that needs another one says so under the same name."""
+"""Redis servers that the tests of one file share; a file that needs another has one of the same name."""
 
 from __future__ import annotations
 
