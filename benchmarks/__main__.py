@@ -42,8 +42,17 @@ S3_PATHS = ("s3_store",)
 # This one starts redis-server too.
 ROUTER_PATHS = ("router_call",)
 
+# The sub-app, with an upstream.
+SUB_APP_PATHS = ("sub_app",)
+
 # By the name of their place in the page.
-_TABLES = {"table": PATHS, "Redis table": REDIS_PATHS, "S3 table": S3_PATHS, "Router table": ROUTER_PATHS}
+_TABLES = {
+    "table": PATHS,
+    "Redis table": REDIS_PATHS,
+    "S3 table": S3_PATHS,
+    "Router table": ROUTER_PATHS,
+    "Sub-app table": SUB_APP_PATHS,
+}
 
 
 def _rows(names: list[str]) -> list[Row]:
@@ -73,6 +82,7 @@ _USED = {
     "Redis table": ("redis", "hiredis", "uvicorn", "uvloop", "httptools", "gunicorn"),
     "S3 table": ("boto3", "obstore", "moto"),
     "Router table": ("aiohttp", "redis", "hiredis"),
+    "Sub-app table": ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "werkzeug", "aiohttp"),
 }
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
         SuspendedInSyncError,
     )
     from .events import Event
+    from .keys.record import KeyRecord
+    from .keys.resolver import KeyResolver
     from .routing.response import ModelResponse, ModelStream, RouteInfo
     from .routing.router import Router
     from .stores.disk import DiskStore
@@ -42,6 +44,8 @@ __all__ = [
     "DiskStore",
     "Event",
     "InvalidRequestError",
+    "KeyRecord",
+    "KeyResolver",
     "LLMMiddlewareError",
     "MemoryStore",
     "ModelResponse",
@@ -66,6 +70,8 @@ _HOMES = {
     "DiskStore": ".stores.disk",
     "Event": ".events",
     "MemoryStore": ".stores.memory",
+    "KeyRecord": ".keys.record",
+    "KeyResolver": ".keys.resolver",
     "Router": ".routing.router",
     **dict.fromkeys(("ModelResponse", "ModelStream", "RouteInfo"), ".routing.response"),
     "Store": ".types",

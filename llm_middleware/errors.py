@@ -112,7 +112,7 @@ class LLMMiddlewareError(Exception):
     def body(self) -> bytes:
         """The error as OpenAI's JSON error body."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        return json.dumps({"error": error}, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 class ConfigError(LLMMiddlewareError, ValueError):

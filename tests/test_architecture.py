@@ -22,7 +22,7 @@ LAYERS = [
     {"api"},
     {"config", "cli"},
     {"routing", "keys"},
-    {"caching"},
+    {"caching", "semantic"},
     {"_ports"},
     {"providers", "stores"},
     {"_drive", "events"},

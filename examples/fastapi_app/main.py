@@ -1,16 +1,19 @@
-"""A FastAPI app with LLM endpoints of its own, and the cache in front of them.
+"""A FastAPI app with LLM endpoints of its own and the cache in front of them, and the sub-app at ``/llm``.
 
 Run it from the repository's root::
 
     OPENAI_API_KEY=sk-... uvicorn examples.fastapi_app.main:app
 
-Set ``LLM_CACHE_DIR`` to keep the answers on disk, ``OPENAI_BASE_URL`` to talk to another provider.
+Set ``LLM_CACHE_DIR`` to keep the answers on disk, ``OPENAI_BASE_URL`` to talk to another provider; with neither
+that nor a key a fake provider answers. The sub-app reads the file that ``LLM_MIDDLEWARE_CONFIG`` names; without
+one, the ``config.yaml`` beside this module.
 """
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
 import httpx
 from fastapi import FastAPI, Request, Response
@@ -18,10 +21,14 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
+from examples.upstream import fake_upstream
 from llm_middleware import CacheManager
-from llm_middleware.asgi import LLMCacheMiddleware
+from llm_middleware.asgi import LLMCacheMiddleware, llm_app
 
-BASE_URL = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+if os.environ.get("OPENAI_API_KEY"):
+    BASE_URL = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+else:
+    BASE_URL = os.environ.get("OPENAI_BASE_URL") or fake_upstream().url
 SENT_ON = ("content-type", "anthropic-version", "anthropic-beta")
 SENT_BACK = ("content-type", "retry-after", "retry-after-ms", "x-request-id")
 
@@ -38,6 +45,12 @@ answers = CacheManager(type="disk", disk_cache_dir=cache_dir) if cache_dir else 
 
 app = FastAPI(title="LLM endpoints with a cache in front")
 app.add_middleware(LLMCacheMiddleware, cache=answers, routes=ROUTES)
+
+config = os.environ.get("LLM_MIDDLEWARE_CONFIG")
+if config is None:
+    config = str(Path(__file__).with_name("config.yaml"))
+    fake_upstream()
+app.mount("/llm", llm_app(config))
 
 
 @cache

@@ -1,25 +1,32 @@
-"""A Flask app with LLM endpoints of its own, and the cache in front of them.
+"""A Flask app with LLM endpoints of its own and the cache in front of them, and the sub-app at ``/llm``.
 
 Run it from the repository's root::
 
     OPENAI_API_KEY=sk-... gunicorn --worker-class gthread --threads 32 examples.flask_app.main:app
 
 Set ``LLM_CACHE_DIR`` to keep the answers on disk (which several workers can share), ``OPENAI_BASE_URL``
-to talk to another provider.
+to talk to another provider; with neither that nor a key a fake provider answers. The sub-app reads the file
+that ``LLM_MIDDLEWARE_CONFIG`` names; without one, the ``config.yaml`` beside this module.
 """
 
 from __future__ import annotations
 
 import os
 from functools import cache
+from pathlib import Path
 
 import httpx
 from flask import Flask, Response, abort, jsonify, request
+from werkzeug.middleware.dispatcher import DispatcherMiddleware
 
+from examples.upstream import fake_upstream
 from llm_middleware import CacheManager
-from llm_middleware.wsgi import LLMCacheMiddleware
+from llm_middleware.wsgi import LLMCacheMiddleware, llm_app
 
-BASE_URL = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+if os.environ.get("OPENAI_API_KEY"):
+    BASE_URL = os.environ.get("OPENAI_BASE_URL", "https://api.openai.com/v1")
+else:
+    BASE_URL = os.environ.get("OPENAI_BASE_URL") or fake_upstream().url
 SENT_ON = ("content-type", "anthropic-version", "anthropic-beta")
 SENT_BACK = ("content-type", "retry-after", "retry-after-ms", "x-request-id")
 
@@ -36,6 +43,12 @@ answers = CacheManager(type="disk", disk_cache_dir=cache_dir) if cache_dir else 
 
 app = Flask(__name__)
 app.wsgi_app = LLMCacheMiddleware(app.wsgi_app, cache=answers, routes=ROUTES)  # type: ignore[method-assign]
+
+config = os.environ.get("LLM_MIDDLEWARE_CONFIG")
+if config is None:
+    config = str(Path(__file__).with_name("config.yaml"))
+    fake_upstream()
+app.wsgi_app = DispatcherMiddleware(app.wsgi_app, {"/llm": llm_app(config)})  # type: ignore[method-assign]
 
 
 @cache

@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LLMMiddlewareError
-from ..providers.messages import Outgoing, Reply, Timeouts
+from ..providers.messages import Outgoing, Pieces, Reply, Timeouts
+from .http_body import as_they_are_read
 from .http_decode import HAS_BROTLI
 from .http_errors import broken_off, deadline_passed, no_answer, no_connection, unreachable, unsendable
 from .http_reply import IteratedReply
@@ -58,7 +59,7 @@ class AiohttpClient:
                 request.method,
                 url,
                 data=_payload(request.body),
-                headers={**credentials, **request.headers} if credentials else request.headers,
+                headers=_headers(request, credentials),
                 skip_auto_headers=None if "content-type" in request.headers else ("content-type",),
                 allow_redirects=False,
                 timeout=self._limits(timeouts),
@@ -142,8 +143,18 @@ class _Headers(Mapping[str, str]):
         return len(set(map(str.lower, self._given)))
 
 
-def _payload(body: bytes) -> bytes | io.BytesIO:
-    return body if len(body) < _AT_ONCE else io.BytesIO(body)
+def _payload(body: bytes | Pieces) -> bytes | io.BytesIO | AsyncIterator[bytes]:
+    if isinstance(body, bytes):
+        return body if len(body) < _AT_ONCE else io.BytesIO(body)
+    return as_they_are_read(body)
+
+
+def _headers(request: Outgoing, credentials: dict[str, str]) -> dict[str, str]:
+    headers, body = request.headers, request.body
+    if credentials:
+        headers = {**credentials, **headers}
+    # Else it would go out in chunks, which some providers do not take.
+    return headers if isinstance(body, bytes) else {**headers, "content-length": str(len(body))}
 
 
 @functools.lru_cache(256)

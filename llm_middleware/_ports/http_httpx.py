@@ -11,11 +11,12 @@ import asyncio
 import ssl
 import time
 import weakref
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LLMMiddlewareError
-from ..providers.messages import Outgoing, Reply, Timeouts
+from ..providers.messages import Outgoing, Pieces, Reply, Timeouts
+from .http_body import as_they_are_read
 from .http_decode import HAS_BROTLI, Decoder, decoder
 from .http_errors import (
     broken_off,
@@ -69,27 +70,38 @@ class _Client:
             ),
         }
 
-    def _request(self, request: Outgoing, timeout: dict[str, float | None]) -> httpx.Request:
+    def _request(
+        self,
+        request: Outgoing,
+        timeout: dict[str, float | None],
+        streamed: Callable[[Pieces], Iterable[bytes] | AsyncIterable[bytes]],
+    ) -> httpx.Request:
+        """``streamed``: what the client takes for a body in pieces."""
         import httpx
 
+        body, sent = request.body, request.headers
+        if not isinstance(body, bytes):
+            # Else it would go out in chunks, which some providers do not take.
+            sent = {**sent, "content-length": str(len(body))}
+        content = body if isinstance(body, bytes) else streamed(body)
         if self._own is not None:
             made: httpx.Request = self._own.build_request(
                 request.method,
                 request.url,
-                headers=request.headers,
-                content=request.body,
+                headers=sent,
+                content=content,
                 timeout=httpx.Timeout(**timeout),
             )
             return made
         url = httpx.URL(request.url)
-        headers = {**self._headers, **request.headers}
+        headers = {**self._headers, **sent}
         if (credentials := basic(url.username or None, url.password)) is not None:
             headers.setdefault("authorization", credentials)
         return httpx.Request(
             request.method,
             url,
             headers=headers,
-            content=request.body,
+            content=content,
             extensions={"timeout": timeout},
         )
 
@@ -158,7 +170,8 @@ class AsyncHttpxClient(_Client):
             total = until is not None and time.monotonic() >= until
             raise (deadline_passed if total else no_connection)(timeouts) from None
         try:
-            made = self._request(request, _timeout(timeouts, time.monotonic() - began, until))
+            limits = _timeout(timeouts, time.monotonic() - began, until)
+            made = self._request(request, limits, as_they_are_read)
             async with asyncio.timeout(earlier(None, until)):
                 response = await self._answer(made)
         except Exception as exc:
@@ -254,7 +267,8 @@ class SyncHttpxClient(_Client):
             total = until is not None and time.monotonic() >= until
             raise (deadline_passed if total else no_connection)(timeouts) from None
         try:
-            made = self._request(request, _timeout(timeouts, time.monotonic() - began, until))
+            limits = _timeout(timeouts, time.monotonic() - began, until)
+            made = self._request(request, limits, lambda body: body.pieces())
             response = self._answer(made)
         except Exception as exc:
             self._turns.give()

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Mapping
 from functools import lru_cache
+from itertools import chain
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -185,13 +186,18 @@ class StdlibClient:
 
 def _exchange(connection: _Connection, head: bytes, request: Outgoing) -> Answer:
     """Send the request and read the head of the answer."""
+    body = request.body
     connection.wait_no_longer()
     try:
-        if len(request.body) <= _SMALL:
-            connection.sock.sendall(head + request.body)
+        if not isinstance(body, bytes):
+            for piece in chain((head,), body.pieces()):
+                connection.wait_no_longer()
+                connection.sock.sendall(piece)
+        elif len(body) <= _SMALL:
+            connection.sock.sendall(head + body)
         else:
             connection.sock.sendall(head)
-            connection.sock.sendall(request.body)
+            connection.sock.sendall(body)
     except TimeoutError:
         raise connection.late() from None
     except (BrokenPipeError, ConnectionResetError):

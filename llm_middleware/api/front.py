@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from ..caching.endpoints import OPENAI_ROUTES, kind_of
 from ..caching.headers import PROFILES
 from ..caching.manager import CacheManager
 from ..errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from .gate import Gate
+    from .hooks import Hooks
 
 __all__ = ["Front"]
 
@@ -60,6 +65,9 @@ class Front:
                 param="header_profile",
             )
         self.profile = header_profile
+        # Of a sub-app:
+        self.gate: Gate | None = None
+        self.hooks: Hooks | None = None
 
     @property
     def cache(self) -> CacheManager:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import ExitStack
 from dataclasses import replace
 
 from .._ports.async_ import AsyncPort
 from ..api.front import Front, credentials_scope, identified_scope
+from ..api.gate import Caller, Gate, Told
+from ..api.message import Head, refusal
+from ..api.paths import is_form
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight
-from ..caching.headers import IDENTITY, READ, add_info, found_headers, kept, stream_headers
+from ..caching.headers import IDENTITY, READ, add_info, found_headers, shared, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
-from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
+from ..errors import NOT_CACHED, CacheMissError, LLMMiddlewareError
 from .types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Exchange"]
+__all__ = ["Exchange", "path_below"]
 
 logger = logging.getLogger("llm_middleware")
 
@@ -26,6 +30,16 @@ _port = AsyncPort()
 # What became of reading along: the client has its answer, or this request makes a call of its own, behind a
 # flight that another may lead, or beside all flights.
 _DONE, _AGAIN, _ALONE = "done", "again", "alone"
+
+
+def path_below(scope: Scope) -> str:
+    """What is left of the path below the place where the app is mounted."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    if path.startswith(root):
+        return path[len(root) :]
+    # The host's own root path is not in front of the path everywhere: not where a proxy has taken it away.
+    return path.removeprefix(root.removeprefix(scope.get("app_root_path", "")))
 
 
 class Exchange:
@@ -46,13 +60,16 @@ class Exchange:
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
-        query = scope.get("query_string", b"")
-        self.route = front.own[path] + (f"?{query.decode('latin-1')}" if query else "")
+        self.query = scope.get("query_string", b"").decode("latin-1")
+        self.route = front.own[path] + (f"?{self.query}" if self.query else "")
         self.scope = scope
         self.receive = receive
         self.send = send
         self.body = b""
         self.limit = front.max_body_bytes
+        self.caller: Caller | None = None
+        self.told: Told | None = None
+        self.named = ""  # the model of a form, where it stands in the path
 
     def header(self, name: str) -> str:
         wanted = name.encode("latin-1")
@@ -85,6 +102,15 @@ class Exchange:
             await self._pass_on([], "body-too-large")
             return
         credentials, cache_control, content_type, content_encoding = headers
+        if self.told is None and self.front.gate is not None and not await self.admitted(self.front.gate):
+            return
+        if self.kind == "transcription" and self.told is not None:
+            form, encoding = content_type.decode("latin-1"), content_encoding.decode("latin-1")
+            if is_form(form, encoding):
+                from .uploads import answer_upload  # on first use: it brings the email parser
+
+                await answer_upload(self, self.told, cache_control.decode("latin-1"), form)
+                return
         message = await self.receive()
         if message["type"] == "http.request" and not message.get("more_body", False):
             self.body = message.get("body", b"")
@@ -94,27 +120,53 @@ class Exchange:
         elif not await self._read(message):
             return
         try:
-            scope: str | None
-            if self.front.identify is None:
-                scope = "" if self.cache.settings.share == "all" else credentials_scope(credentials)
-            else:
-                scope = await self._caller(self.front.identify)
+            scope = await self._whose(credentials)
             if scope is None:
                 plan = self.cache.plan(self.kind, self.body)
                 await self._pass_on([self._request(plan.forward)], "identify-failed", plan)
                 return
             control, planner = cache_control.decode("latin-1"), self.cache.planner
-            if planner.key is None and not content_encoding and self.kind != "transcription":
+            enforced = None if self.caller is None else self.caller.enforced
+            if planner.key is None and not (content_encoding or enforced) and self.kind != "transcription":
                 plan = planner.quick(self.kind, self.route, self.body, scope, control)
             else:
                 encoding = content_encoding.decode("latin-1")
-                kind_of_body = content_type.decode("latin-1")
-                asked = Asked(self.kind, self.body, scope, self.route, control, kind_of_body, encoding)
+                form = content_type.decode("latin-1")
+                asked = Asked(self.kind, self.body, scope, self.route, control, form, encoding, enforced)
                 plan = await planner.planned(_port, asked)
-        except InvalidRequestError as exc:
-            await self._refuse(exc)
+            if self.told is not None:
+                self.told.about(plan, self.query)
+        except LLMMiddlewareError as exc:
+            await self.refuse(exc)
             return
-        await self._answer(plan)
+        await self.answer(plan)
+
+    async def _whose(self, credentials: list[tuple[bytes, bytes]]) -> str | None:
+        """The scope of the answer; None where nothing may be shared."""
+        if self.caller is not None:
+            return self.caller.scope
+        if self.front.identify is not None:
+            return await self._caller(self.front.identify)
+        return "" if self.cache.settings.share == "all" else credentials_scope(credentials)
+
+    async def admitted(self, gate: Gate) -> bool:
+        """Whether the caller may call at all; otherwise it has been told."""
+        scope = self.scope
+        head = Head(
+            method=scope["method"],
+            path=path_below(scope),
+            query=self.query,
+            headers=scope["headers"],
+            native=scope,
+        )
+        try:
+            self.caller = gate.at_once(head) or await gate.enter(_port, head)
+        except LLMMiddlewareError as exc:
+            await self.refuse(exc)
+            return False
+        self.route = self.caller.names + self.route  # in front: behind it a query could say the same
+        self.told = scope["llm_middleware"] = Told(self.caller, head)
+        return True
 
     async def _read(self, message: Message) -> bool:
         """The rest of a body in pieces, unless the client left or sends more than is read: then the app has
@@ -171,21 +223,18 @@ class Exchange:
     def forwarding(self, plan: Plan | None) -> _Forwarding:
         return _Forwarding(self.scope, None if plan is None else plan.forward)
 
-    async def _refuse(self, error: LLMMiddlewareError) -> None:
-        body = error.body()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        info = CacheInfo("bypass", None, error.code, "bypass")
-        headers = add_info(headers, info, self.front.profile)
+    async def refuse(self, error: LLMMiddlewareError) -> None:
+        headers, body = refusal(error, self.front.profile)
         await self.send({"type": "http.response.start", "status": error.status, "headers": headers})
         await self.send({"type": "http.response.body", "body": body})
 
     # --- with it
 
-    async def _answer(self, plan: Plan) -> None:
+    async def answer(self, plan: Plan) -> None:
         if plan.bypass is not None:
             if plan.controls.only_if_cached:
                 error = CacheMissError(NOT_CACHED)
-                await self._refuse(error)
+                await self.refuse(error)
                 return
             forward = self.body if plan.forward is None else plan.forward
             await self._pass_on([self._request(forward)], plan.bypass, plan)
@@ -198,7 +247,7 @@ class Exchange:
             while not await self._slow(plan):
                 pass
         except CacheMissError as exc:
-            await self._refuse(exc)
+            await self.refuse(exc)
 
     async def _slow(self, plan: Plan) -> bool:
         """Any way but the fast lane; False where a flight that was joined was abandoned: once more."""
@@ -218,6 +267,8 @@ class Exchange:
 
     async def send_found(self, plan: Plan, found: Found) -> None:
         self.flow.tell_found(plan, found)
+        if self.front.hooks and self.told is not None:
+            self.front.hooks.hit(plan, found, self.told)
         headers = found_headers(found, plan.key, self.front.profile)
         if found.chunks is None:
             headers.append((b"content-length", b"%d" % len(found.body)))
@@ -233,13 +284,22 @@ class Exchange:
     async def _follow(self, plan: Plan, flight: Flight) -> bool:
         try:
             outcome = await self._unless_client_leaves(self._read_along(plan, flight))
+        except Exception:
+            self._tell_shared(plan, flight, whole=False)
+            raise
         finally:
             flight.leave()
+        if outcome is None or outcome == _DONE:
+            self._tell_shared(plan, flight, whole=outcome == _DONE)
         if outcome == _ALONE:
             from .leader import Leader
 
             await Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run()
         return outcome != _AGAIN
+
+    def _tell_shared(self, plan: Plan, flight: Flight, *, whole: bool) -> None:
+        if self.front.hooks and self.told is not None:
+            self.front.hooks.shared(plan, self.told, flight, whole=whole)
 
     async def _read_along(self, plan: Plan, flight: Flight) -> str:
         """Give the client what the flight gets; or say that this request must call, again or by itself."""
@@ -251,7 +311,7 @@ class Exchange:
             return _ALONE
         info = CacheInfo("collapsed", plan.digest, forward="miss")
         self.flow.tell(plan, info)
-        headers = add_info(kept(head.headers), info, self.front.profile)
+        headers = add_info(shared(head.headers), info, self.front.profile)
         if not head.streamed:
             body = await flight.body(_port)
             headers = [pair for pair in headers if pair[0] != b"content-length"]
@@ -299,10 +359,15 @@ class Exchange:
             guard.leave()
             return
 
+        keeping = ExitStack()
+        if self.told is not None and self.told.upload is not None:
+            keeping.enter_context(self.told.upload)  # this exchange ends before
+
         async def refresh() -> None:
             fresh = replace(plan, lookup=False)
             try:
-                await Leader(self, fresh, flights.solo(plan.key), Opened()).refresh()
+                with keeping:
+                    await Leader(self, fresh, flights.solo(plan.key), Opened()).refresh()
             except Exception as exc:
                 self.flow.reporter.background_failed(plan, exc)
             finally:

@@ -47,6 +47,8 @@ class Leader:
         self.flight = flight
         self.opened = opened
         self.fallback = opened.fallback
+        if exchange.told is not None:
+            exchange.told.fallback = self.fallback is not None
         self.landing = Landing(
             self.flow.keeper,
             self.flow.flights,
@@ -54,6 +56,7 @@ class Leader:
             flight,
             beside=opened.beside,
             header=exchange.header,
+            items=exchange.told,
         )
         self.policy = self.flow.settings.on_disconnect
         self.task: asyncio.Task[None] | None = None
@@ -267,9 +270,12 @@ class Leader:
         )
         self._vary()
         self.flow.flights.land(self.flight)
-        self.flight.begin(Head(record.status, record.headers, streamed=False))
-        self.flight.push(record.body)
-        self.flight.end(DONE, outcome=info)
+        if self.exchange.told is not None and self.exchange.told.own:
+            self.flight.end(ABANDONED)  # who waits asks on its own account
+        else:
+            self.flight.begin(Head(record.status, record.headers, streamed=False))
+            self.flight.push(record.body)
+            self.flight.end(DONE, outcome=info)
         self.flow.tell(self.plan, info)
         headers, start = self.headers, self.start
         if self.opened.batch is not None:
@@ -297,6 +303,8 @@ class Leader:
             await self._fall_back()
             return
         self.streaming = True
+        if self.exchange.told is not None:
+            self.exchange.told.fallback = False  # too late for it
         detail = None if self.status == 200 else "upstream-error"
         info = self.plan.miss(detail)
         self.flow.tell(self.plan, info)

@@ -19,12 +19,23 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import CorruptEntryError
 from ..types import Headers
 
-__all__ = ["VERSION", "Entry", "Form", "decode", "encode", "entry_size", "pack_ends"]
+__all__ = [
+    "VERSION",
+    "About",
+    "Entry",
+    "Form",
+    "about",
+    "decode",
+    "encode",
+    "entry_size",
+    "pack_ends",
+    "peek",
+]
 
 VERSION = 1
 _MAGIC = b"LLMC"
@@ -33,6 +44,7 @@ _FIXED = struct.Struct("<ddIIIII")
 # What one entry costs beside its payload in a CPython process: objects, key and table slots, measured
 # by benchmarks/memory_store.py. Byte budgets count it so that they hold for small entries too.
 _OVERHEAD = 600
+_JSON = json.JSONDecoder()
 
 
 @dataclass(slots=True)
@@ -137,6 +149,48 @@ def decode(data: bytes) -> Entry:
         raise
     except (struct.error, ValueError, TypeError, AttributeError) as exc:
         raise CorruptEntryError(f"not an entry: {type(exc).__name__}") from exc
+
+
+class About(NamedTuple):
+    """What an entry is about, without its content. ``size``: the bytes of the answer in all its forms. None:
+    not known."""
+
+    kind: str | None = None
+    model: str | None = None
+    tags: tuple[str, ...] | None = None
+    created: float | None = None
+    expires: float | None = None
+    size: int | None = None
+
+
+def about(entry: Entry) -> About:
+    size = entry_size(entry) - _OVERHEAD
+    return About(entry.kind, entry.model, entry.tags, entry.created, entry.expires, size)
+
+
+def peek(data: bytes) -> About:
+    """What the first bytes of an encoded entry tell of it, as far as they go. They are not checked, and
+    nothing is told of other bytes."""
+    if len(data) < _HEAD.size + _FIXED.size or not data.startswith(_MAGIC + bytes((VERSION,))):
+        return About()
+    created, expires, meta_size, *sizes = _FIXED.unpack_from(data, _HEAD.size)
+    at = _HEAD.size + _FIXED.size
+    kind, model, tags = _first(data[at : at + meta_size].decode("ascii", "replace"), (str, str, list))
+    return About(kind, model, None if tags is None else tuple(tags), created, expires, sum(sizes))
+
+
+def _first(text: str, types: tuple[type, ...]) -> list[Any]:
+    """The first items of a JSON array that may be cut short; None for what is not whole, or another type."""
+    items: list[Any] = []
+    at = 1
+    try:
+        for kind in types:
+            item, at = _JSON.raw_decode(text, at)
+            items.append(item if isinstance(item, kind) else None)
+            at += 1  # the comma
+    except (ValueError, RecursionError):
+        pass
+    return items + [None] * (len(types) - len(items))
 
 
 _Recorded = tuple[Headers, bool, bool, int]

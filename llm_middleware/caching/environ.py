@@ -18,19 +18,24 @@ def resolved(value: Any, *, param: str, environ: Mapping[str, str] = os.environ)
 
     Looks into mappings, lists and tuples, which come back as new ones; keys and all else stay what they are.
     ``param``: the setting's name, empty for a mapping of settings. `ConfigError` for a variable that is not
-    set: it names the place, as in ``nodes[0].host``, and shows no value.
+    set: it names the place, as in ``nodes[0].host``, and shows no value; and for what is nested too deeply.
     """
+    try:
+        return _resolved(value, param, environ)
+    except RecursionError:
+        raise ConfigError(f"{param}: is nested too deeply", param=param) from None
+
+
+def _resolved(value: Any, param: str, environ: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         return _text(value, param, environ)
     if isinstance(value, Mapping):
         return {
-            key: resolved(item, param=f"{param}.{key}" if param else str(key), environ=environ)
+            key: _resolved(item, f"{param}.{key}" if param else str(key), environ)
             for key, item in value.items()
         }
     if isinstance(value, list | tuple):
-        items = [
-            resolved(item, param=f"{param}[{index}]", environ=environ) for index, item in enumerate(value)
-        ]
+        items = [_resolved(item, f"{param}[{index}]", environ) for index, item in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
     return value
 

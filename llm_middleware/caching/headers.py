@@ -26,6 +26,7 @@ __all__ = [
     "get_header",
     "info_headers",
     "kept",
+    "shared",
     "stream_headers",
     "varies",
 ]
@@ -52,6 +53,8 @@ _DROPPED = frozenset(
     b" proxy-authenticate proxy-connection request-id retry-after server server-timing set-cookie trailer"
     b" transfer-encoding upgrade via x-request-id".split()
 )
+# Of those, what is true for everybody who shares the call.
+_SHARED = frozenset(b"retry-after x-llm-attempts x-llm-deployment x-llm-fallback x-llm-model".split())
 _DROPPED_PREFIXES = (b"x-llm-", b"x-litellm-", b"x-ratelimit-", b"anthropic-ratelimit-")
 
 
@@ -76,6 +79,12 @@ def kept(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
         for name, value in headers
         if name not in _DROPPED and not name.startswith(_DROPPED_PREFIXES)
     )
+
+
+def shared(headers: Iterable[tuple[bytes, bytes]]) -> Headers:
+    """The response headers that those get who read along while the call is made."""
+    headers = tuple(headers)
+    return kept(headers) + tuple(pair for pair in headers if pair[0] in _SHARED)
 
 
 def varies(

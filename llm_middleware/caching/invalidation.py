@@ -12,7 +12,7 @@ from .endpoints import kind_of
 from .labels import HEAD_BYTES, carries, label, unlabelled
 from .tiers import Tiers
 
-__all__ = ["Wanted", "invalidate", "wanted"]
+__all__ = ["Wanted", "heads", "invalidate", "wanted"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,10 @@ async def invalidate(port: Port, tiers: Tiers, namespace: str, want: Wanted, *, 
 async def _found(port: Port, tiers: Tiers, namespace: str, want: Wanted) -> AsyncIterator[list[str]]:
     """The store's keys, page by page, none of them twice."""
     seen: set[str] = set()
-    if not (hasattr(tiers.store, "heads") or hasattr(tiers.store, "aheads")):
-        raise ConfigError(
-            f"{type(tiers.store).__name__} cannot be searched: it has no heads()", param="store"
-        )
     cursor: str | None = None
     while True:
-        page: Any
         try:
-            page = await port.store(tiers.store, "heads", namespace, cursor, HEAD_BYTES)
+            page = await heads(port, tiers, namespace, cursor)
         except InvalidRequestError:
             if cursor is None:
                 raise
@@ -91,6 +86,20 @@ async def _found(port: Port, tiers: Tiers, namespace: str, want: Wanted) -> Asyn
             yield keys
         if cursor is None:
             return
+
+
+async def heads(
+    port: Port, tiers: Tiers, namespace: str, cursor: str | None
+) -> tuple[str | None, list[tuple[str, bytes]]]:
+    """A page of the store's entries: the next page's cursor, and of each entry its key and its first
+    `HEAD_BYTES`. `ConfigError` where the store cannot be walked."""
+    if not (hasattr(tiers.store, "heads") or hasattr(tiers.store, "aheads")):
+        raise ConfigError(
+            f"{type(tiers.store).__name__} cannot be searched: it has no heads()", param="store"
+        )
+    page: Any = await port.store(tiers.store, "heads", namespace, cursor, HEAD_BYTES)
+    following, found = page
+    return following, list(found)
 
 
 def _labels(head: bytes) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .._drive import run_sync
 from .._ports.faces import SYNC, async_port
 from .._ports.protocol import Port
 from .flow import Flow
-from .invalidation import invalidate, wanted
+from .invalidation import Wanted, invalidate, wanted
+from .listing import Page, list_entries
 from .ping import ping
 from .settings import CacheSettings
 
@@ -54,8 +55,7 @@ class Operations:
         `ConfigError` where nothing is given, or the store cannot be walked.
         """
         want = wanted(tags, model, scope, namespace, kind, prefix)
-        flow, within = self._flow, self.settings.namespace
-        return run_sync(invalidate(SYNC, flow.tiers, within, want, dry_run=dry_run))
+        return run_sync(self._invalidate(SYNC, want, dry_run))
 
     async def ainvalidate(
         self,
@@ -70,8 +70,51 @@ class Operations:
     ) -> int:
         """`invalidate` for async callers."""
         want = wanted(tags, model, scope, namespace, kind, prefix)
-        flow, within = self._flow, self.settings.namespace
-        return await invalidate(async_port(), flow.tiers, within, want, dry_run=dry_run)
+        return await self._invalidate(async_port(), want, dry_run)
+
+    async def _invalidate(self, port: Port, want: Wanted, dry_run: bool) -> int:
+        return await invalidate(port, self._flow.tiers, self.settings.namespace, want, dry_run=dry_run)
+
+    def entries(
+        self, *, prefix: str = "", cursor: str | None = None, limit: int = 100, content: bool = False
+    ) -> Page:
+        """The entries whose cache keys begin with ``prefix``, page by page: the cursor of the next page, None
+        at the end, and at most ``limit`` entries, each a mapping with ``key``, ``kind``, ``model``, ``tags``,
+        ``age`` and ``ttl`` in seconds, ``size`` in bytes, and with ``content`` the answer's first 4000
+        characters. None where that is not known: of what is encrypted, only ``kind`` and ``content`` are.
+
+        A page may be empty without being the last. What is there all the time is listed, perhaps twice.
+        `ConfigError` where the store cannot be walked.
+        """
+        return run_sync(self._entries(SYNC, prefix, cursor, limit, content=content))
+
+    async def aentries(
+        self, *, prefix: str = "", cursor: str | None = None, limit: int = 100, content: bool = False
+    ) -> Page:
+        """`entries` for async callers."""
+        return await self._entries(async_port(), prefix, cursor, limit, content=content)
+
+    async def _entries(
+        self,
+        port: Port,
+        prefix: str,
+        cursor: str | None,
+        limit: int,
+        *,
+        content: bool = False,
+        models: Iterable[str] = (),
+    ) -> Page:
+        return await list_entries(
+            port,
+            self._flow.tiers,
+            self.settings.namespace,
+            now=self._flow.lookup.clock(),
+            prefix=prefix,
+            cursor=cursor,
+            limit=limit,
+            models=models,
+            content=content,
+        )
 
     def flush(self) -> int:
         """Remove everything in this manager's namespace, and nothing else; how many entries there were."""

@@ -189,6 +189,9 @@ def _read_fields(settings: CacheSettings, kind: str, value: object, text: bytes 
         return Request(kind, value) if kind == "json" else Request(kind, problem="unparsable-body")
     controls = parse_body(value["cache"]) if "cache" in value else None
     form = cache_key.significant(endpoint, value, settings.ignore_fields)
+    named = settings.stands_for.get(str(value.get("model"))) if settings.stands_for else None
+    if named is not None:
+        form = {**form, "model": named}
     if settings.image_content is not None:
         form = cache_key.image_fields(form, settings.image_content)  # type: ignore[assignment]
     model = value.get("model")

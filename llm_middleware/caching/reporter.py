@@ -46,16 +46,25 @@ class Reporter:
                 if result is not None and isinstance(result, Awaitable):
                     self._detach(result)
             except Exception:
-                with self._lock:
-                    self.counts["hook-error"] += 1
-                    first = self.counts["hook-error"] == 1
-                if first:
-                    logger.exception("a cache hook failed; further failures are only counted")
+                self._hook_failed()
 
     def _detach(self, work: Awaitable[object]) -> None:
         from .._ports.detached import detached  # on first use: it brings asyncio
 
-        detached(work)
+        detached(self._watched(work))
+
+    async def _watched(self, work: Awaitable[object]) -> None:
+        try:
+            await work
+        except Exception:
+            self._hook_failed()
+
+    def _hook_failed(self) -> None:
+        with self._lock:
+            self.counts["hook-error"] += 1
+            first = self.counts["hook-error"] == 1
+        if first:
+            logger.exception("a hook failed; further failures are only counted")
 
     def tell(self, plan: Plan, info: CacheInfo) -> None:
         """One event about an answer given."""

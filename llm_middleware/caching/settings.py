@@ -15,6 +15,7 @@ from .admission import REASONS
 from .controls import Controls, merge
 from .endpoints import kind_of
 from .environ import resolved
+from .groups import shared_names
 
 __all__ = ["SETTINGS", "CacheSettings", "make_settings", "parse_settings"]
 
@@ -38,7 +39,8 @@ class CacheSettings:
     are reads that come together. ``single_flight``: concurrent identical requests share one call in all
     processes that share the store (``shared``) or in each process. ``single_flight_lease``: for how long
     others believe that a process that says no more is making the call; ``single_flight_wait``: how long to
-    wait for another process's answer before making the call oneself.
+    wait for another process's answer before making the call oneself. ``caching_groups``: lists of models that
+    share their answers; ``stands_for``: from each of them to the one in the keys.
 
     Numbers, and ``true``, ``false``, ``1`` and ``0``, may be text, as an environment has it.
     """
@@ -58,7 +60,7 @@ class CacheSettings:
     key: Callable[..., object] | None = None
     admit: Callable[..., object] | None = None
     admission: Mapping[str, bool] = field(default_factory=dict)
-    secret: bytes | None = None
+    secret: bytes | None = field(default=None, repr=False)
     on_disconnect: str = "auto"
     max_bytes: int = 256 * _MIB
     max_entry_bytes: int = 8 * _MIB
@@ -71,17 +73,19 @@ class CacheSettings:
     store_timeout: float = 0.25
     compress: str | None = "zlib"
     compress_above: int = 4096
-    encryption_key: object = None
+    encryption_key: object = field(default=None, repr=False)
     redis_flush_size: int | None = None
     redis_flush_interval: float = 1.0
     batch_redis_requests: bool = False
     single_flight: str = "shared"
     single_flight_lease: float = 2.0
     single_flight_wait: float = 60.0
+    caching_groups: Sequence[Sequence[str]] = ()
     kinds: frozenset[str] | None = field(default=None, init=False)
     controls: Mapping[str, object] = field(default_factory=dict, init=False)
     own_controls: Controls = field(default_factory=Controls, init=False)
     policy: Mapping[str, bool] = field(default_factory=dict, init=False)
+    stands_for: Mapping[str, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         for setting in fields(self):
@@ -93,6 +97,7 @@ class CacheSettings:
             object.__setattr__(
                 self, "kinds", frozenset(kind_of(name, param="supported_call_types") for name in kinds)
             )
+        object.__setattr__(self, "stands_for", MappingProxyType(shared_names(self.caching_groups)))
         in_redis = self.default_redis_ttl if self.default_in_redis_ttl is None else self.default_in_redis_ttl
         controls = {
             "ttl": in_redis if self.type == "redis" and in_redis is not None else self.ttl,

@@ -286,6 +286,21 @@ class Tiers:
         told = await port.store(self.store, "ping")
         return dict(told) if isinstance(told, Mapping) else {}
 
+    async def read(self, port: Port, key: str) -> Entry | None:
+        """The entry on the farthest tier, which comes no nearer; None where none can be read."""
+        if self.store is None:
+            assert self.memory is not None
+            return self.memory.get(key)
+        value = await port.store(self.store, "get", key)
+        try:
+            return None if value is None else self._opened(key, value)
+        except StoreError:
+            return None
+
+    def peek(self, sealed: bytes) -> bytes:
+        """The first bytes of an entry, of those of what the store has; others where they cannot be told."""
+        return self._at_rest.peek(sealed)
+
     async def delete(self, port: Port, keys: Sequence[str]) -> int:
         if self.store is None:
             assert self.memory is not None

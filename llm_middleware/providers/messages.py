@@ -7,11 +7,25 @@ one's never suspend.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-__all__ = ["Outgoing", "Reply", "Timeouts", "Transport"]
+__all__ = ["Outgoing", "Pieces", "Reply", "Timeouts", "Transport"]
+
+
+@runtime_checkable
+class Pieces(Protocol):
+    """Bytes that are not all held in memory. They are read as often as somebody wants them, by several at
+    once too."""
+
+    def __len__(self) -> int:
+        """How many bytes there are."""
+        ...
+
+    def pieces(self) -> Iterator[bytes]:
+        """From the first byte to the last, none of them empty. May block; `OSError` where that fails."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +41,12 @@ class Timeouts:
 
 @dataclass(slots=True)
 class Outgoing:
-    """One request. ``headers``: names in lower case. ``body``: as it goes over the wire."""
+    """One request. ``headers``: names in lower case. ``body``: as it goes over the wire; `Pieces` are sent
+    one by one."""
 
     url: str
     headers: dict[str, str] = field(repr=False)  # they hold keys
-    body: bytes = field(repr=False)
+    body: bytes | Pieces = field(repr=False)
     method: str = "POST"
 
 

@@ -1,16 +1,22 @@
-"""A form with a file in it (``multipart/form-data``, RFC 7578), as transcriptions are asked for."""
+"""A form with a file in it (``multipart/form-data``, RFC 7578), as transcriptions are asked for.
+
+A file that comes as `Pieces` and is large goes out in pieces; any other is a part of the body's bytes.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, Final
 
 from ..errors import BadRequestError
+from .messages import Pieces
 
 __all__ = ["form", "read_file"]
 
+_WHOLE: Final = 2**18  # bytes of a file that is put into the body
 _OCTETS: Final = "application/octet-stream"
 # Their names tell some providers what they are.
 _TYPES: Final = {
@@ -28,7 +34,7 @@ _TYPES: Final = {
 _ESCAPES: Final = str.maketrans({'"': "%22", "\r": "%0D", "\n": "%0A"})
 
 
-def form(fields: Mapping[str, object]) -> tuple[str, bytes]:
+def form(fields: Mapping[str, object]) -> tuple[str, bytes | Pieces]:
     """The content type and the body. ``file``: see `read_file`; a list is sent as ``name[]``, once per item.
 
     `BadRequestError` names the field that a form cannot hold.
@@ -41,10 +47,36 @@ def form(fields: Mapping[str, object]) -> tuple[str, bytes]:
         piece for head, content in parts for piece in (f"--{boundary}\r\n".encode(), head, content, b"\r\n")
     ]
     pieces.append(f"--{boundary}--\r\n".encode())
-    return f"multipart/form-data; boundary={boundary}", b"".join(pieces)
+    return f"multipart/form-data; boundary={boundary}", _joined(pieces)
 
 
-def _parts(name: str, value: object) -> Iterator[tuple[bytes, bytes]]:
+def _joined(pieces: Sequence[bytes | Pieces]) -> bytes | Pieces:
+    if any(not isinstance(piece, bytes) and len(piece) > _WHOLE for piece in pieces):
+        return _Body(pieces)
+    try:
+        return b"".join([data for piece in pieces for data in _data(piece)])
+    except OSError:
+        raise BadRequestError("the file cannot be read", param="file") from None
+
+
+def _data(piece: bytes | Pieces) -> Iterator[bytes]:
+    return iter((piece,)) if isinstance(piece, bytes) else piece.pieces()
+
+
+class _Body:
+    """What stands around a file, and the file."""
+
+    def __init__(self, pieces: Sequence[bytes | Pieces]) -> None:
+        self._pieces = pieces
+
+    def __len__(self) -> int:
+        return sum(map(len, self._pieces))
+
+    def pieces(self) -> Iterator[bytes]:
+        return filter(None, chain.from_iterable(map(_data, self._pieces)))
+
+
+def _parts(name: str, value: object) -> Iterator[tuple[bytes, bytes | Pieces]]:
     label = name.translate(_ESCAPES)
     if name == "file":
         filename, content, content_type = read_file(value)
@@ -72,9 +104,9 @@ def _scalar(name: str, value: object) -> bytes:
         raise BadRequestError(f"{name} has a value that a form cannot hold", param=name) from None
 
 
-def read_file(value: object) -> tuple[str, bytes, str]:
+def read_file(value: object) -> tuple[str, bytes | Pieces, str]:
     """Its name, its bytes and its content type, from what OpenAI's SDK takes: bytes, an open file, or a tuple
-    of a name, one of these and perhaps a content type.
+    of a name, one of these and perhaps a content type. `Pieces` stay what they are.
 
     An open file is read from where it stands and put back there, so that a request can be sent again.
     `BadRequestError` for anything else.
@@ -93,7 +125,9 @@ def read_file(value: object) -> tuple[str, bytes, str]:
     return name, content, content_type
 
 
-def _content(value: Any) -> bytes:
+def _content(value: Any) -> bytes | Pieces:
+    if isinstance(value, Pieces):
+        return value
     if not hasattr(value, "read"):
         raise _no_file()
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 
 from .._ports.protocol import Port
 from ..caching.sse import event_ends, parse_events, split_events
@@ -227,16 +228,28 @@ class Attempt:
             return exc
         return None
 
+    def _read(self, tail: bytes, first: float | None, said: int) -> Outcome:
+        """Of a stream that came to its end."""
+        tokens = _last(_TOTAL, tail)
+        return Outcome(
+            tokens=tokens,
+            latency=self._clock() - self._began,
+            first_token=first,
+            output_tokens=said if tokens is None else _last(_OUTPUT, tail) or 0,
+        )
+
     async def _relay(
         self, kind: str, held: list[bytes], pieces: AsyncIterator[bytes], reply: Reply, first: float | None
     ) -> AsyncGenerator[bytes]:
         outcome = Outcome(abandoned=True)
         tail = part = b""
+        said = 0  # events: about as many as tokens, where the provider does not count
         try:
             yield b""  # for `stream`
             for piece in held:
                 given, part, error = self._look(part, piece)
                 tail = (tail + given)[-4096:]
+                said += given.count(b"data:")
                 if given:
                     yield given
                 if error is not None:
@@ -244,6 +257,7 @@ class Attempt:
             async for piece in pieces:
                 given, part, error = self._look(part, piece)
                 tail = (tail + given)[-4096:]
+                said += given.count(b"data:")
                 if given:
                     yield given
                 if error is not None:
@@ -253,18 +267,17 @@ class Attempt:
                 raise error
             if kind in _ENDED and not _ENDED[kind].search(tail):
                 raise UpstreamConnectionError("the provider's stream ended before its end")
-            tokens, output = _last(_TOTAL, tail), _last(_OUTPUT, tail) or 0
-            outcome = Outcome(
-                tokens=tokens,
-                latency=self._clock() - self._began,
-                first_token=first,
-                output_tokens=output,
-            )
+            outcome = self._read(tail, first, said)
         except ProviderError as exc:
             outcome = Outcome(error=exc, own_key=self._target.caller_key, own_timeout=self._over())
             raise
+        except GeneratorExit:
+            if kind in _ENDED and _ENDED[kind].search(tail):  # the client hung up on the last event
+                outcome = self._read(tail, first, said)
+            raise
         finally:
-            self._finish(outcome)
+            # What came of a stream that broke off or was left is used, too.
+            self._finish(outcome if outcome.latency is not None else replace(outcome, output_tokens=said))
             await reply.aclose()
 
 

@@ -285,8 +285,15 @@ class RoutedCall:
         def finish(outcome: Outcome) -> None:
             if outcome.latency is not None:
                 self.route.latency = outcome.latency
-                self.route.tokens, self.route.output_tokens = outcome.tokens, outcome.output_tokens
-                self.route.cost = _cost(deployment, outcome.tokens, outcome.output_tokens)
+                tokens, output = outcome.tokens, outcome.output_tokens
+                if tokens is None and outcome.first_token is not None:
+                    tokens = self.tokens + output  # a stream whose tokens nobody counted
+                self.route.tokens, self.route.output_tokens = tokens, output
+                self.route.cost = _cost(deployment, tokens, output)
+            elif outcome.output_tokens:
+                self.route.output_tokens = outcome.output_tokens
+                self.route.tokens = self.tokens + outcome.output_tokens
+                self.route.cost = _cost(deployment, self.route.tokens, outcome.output_tokens)
             routing.limits.settle(reservation, outcome, routing.clock(), alone=alone)
 
         try:
@@ -349,7 +356,7 @@ def _cost(deployment: Deployment, tokens: int | None, output: int) -> float | No
     written = deployment.info.get("output_cost_per_token")
     if tokens is None or not isinstance(read, int | float) or not isinstance(written, int | float):
         return None
-    return (tokens - output) * read + output * written
+    return max(0, tokens - output) * read + output * written
 
 
 def _in_turn(deployments: Sequence[Deployment], tried: set[str]) -> Iterable[Sequence[Deployment]]:

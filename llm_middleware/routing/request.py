@@ -19,7 +19,7 @@ from .settings import STREAM_ERRORS
 if TYPE_CHECKING:
     from ..caching.multipart import Part  # it brings the email parser
 
-__all__ = ["Options", "from_client", "read_body", "read_options", "routed_kind"]
+__all__ = ["Options", "form_values", "from_client", "read_body", "read_options", "routed_kind"]
 
 _KINDS: Final = ("chat", "text", "embedding", "transcription", "responses")
 _FROM_CLIENTS: Final = ("timeout", "num_retries", "fallbacks")
@@ -172,6 +172,12 @@ def _form(body: bytes, content_type: str) -> dict[str, Any]:
         parts = form_parts(body, content_type)
     except UnkeyableError as exc:
         raise InvalidRequestError(f"the body is not a form: {exc}") from None
+    return form_values(parts)
+
+
+def form_values(parts: Iterable[Part]) -> dict[str, Any]:
+    """The fields of a request that came as a form: texts, lists of them, and the file as ``(name, content,
+    content type)``. `InvalidRequestError` names the field that is wrong."""
     named: dict[str, list[Part]] = {}
     for part in parts:
         named.setdefault(part.name.removesuffix(_LIST), []).append(part)

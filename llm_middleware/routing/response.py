@@ -48,9 +48,9 @@ class RouteInfo:
     an answer from the cache. ``attempts``: calls of providers in all. ``fallback``: whether another group
     than the one asked for answered. ``failures``: (deployment, code) of the attempts before.
 
-    When the answer is whole: ``tokens`` in all and ``output_tokens``, as the provider counts them; ``cost``
-    by the deployment's prices, None where they are not known; ``latency``: seconds that the deployment
-    took."""
+    When the answer is whole: ``tokens`` in all and ``output_tokens``, as the provider counts them, or an
+    estimate for a stream of which it says nothing; ``cost`` by the deployment's prices, None where they are
+    not known; ``latency``: seconds that the deployment took."""
 
     asked: str
     model: str | None = None

@@ -10,6 +10,7 @@ from .._drive import run_sync
 from .._ports.faces import SYNC, async_port
 from .._ports.protocol import Port
 from ..caching.answer import Answer, CacheInfo
+from ..caching.groups import shared_names
 from ..caching.manager import CacheManager
 from ..errors import ProviderError
 from ..providers.messages import Transport
@@ -58,7 +59,9 @@ class Router:
             cache = self.settings.cache()
         self.cache = None if cache_responses is False else cache
         name = self._routing.groups.name
-        self._cache_names = {name(one): other for one, other in self.settings.shared_names().items()}
+        self._cache_names = {
+            name(one): other for one, other in shared_names(self.settings.caching_groups).items()
+        }
         self._http = http_settings(http or {}, http_client)
         self._transports: dict[str, Transport] = {}
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from random import Random
-from typing import Any, Final
+from typing import Final
 
+from ..caching.groups import shared_names
 from ..caching.manager import CacheManager
 from ..errors import ConfigError, LLMMiddlewareError, did_you_mean
 from ..providers.messages import Timeouts
@@ -73,7 +74,7 @@ class RouterSettings:
     max_parallel_requests: int | None = None
     on_stream_error: str = "error"
     caching_groups: Sequence[Sequence[str]] = ()
-    redis_url: str | None = None
+    redis_url: str | None = field(default=None, repr=False)
     redis_host: str | None = None
     redis_port: int | str | None = None
     redis_password: str | None = field(default=None, repr=False)
@@ -92,7 +93,7 @@ class RouterSettings:
         if self.on_stream_error not in STREAM_ERRORS:
             expected = f"on_stream_error: expected one of {', '.join(STREAM_ERRORS)}"
             raise ConfigError(f"{expected}, got {self.on_stream_error!r}", param="on_stream_error")
-        self.shared_names()
+        shared_names(self.caching_groups)
         if self.set_verbose:
             logger.setLevel(logging.DEBUG)
 
@@ -107,19 +108,6 @@ class RouterSettings:
             raise ConfigError(f"redis: expected a mapping, got {type(self.redis).__name__}", param="redis")
         named = {name: getattr(self, f"redis_{name}") for name in _REDIS}
         return {**self.redis, **{name: value for name, value in named.items() if value is not None}}
-
-    def shared_names(self) -> dict[str, str]:
-        """From a group to the one whose name stands for it in cache keys."""
-        names: dict[str, str] = {}
-        for place, groups in enumerate(_list(self.caching_groups, "caching_groups")):
-            param = f"caching_groups[{place}]"
-            for group in _list(groups, param):
-                if not isinstance(group, str):
-                    raise ConfigError(f"{param}: expected names of models, got {group!r}", param=param)
-                if group in names:
-                    raise ConfigError(f"caching_groups: {group!r} is there twice", param="caching_groups")
-                names[group] = str(groups[0])
-        return names
 
     def routing(
         self, model_list: Sequence[Mapping[str, object]], limits: Limits | None, random: Random
@@ -199,12 +187,6 @@ def make_settings(given: Mapping[str, object]) -> RouterSettings:
             raise ConfigError(f"unknown Router setting {name!r}{hint}", param=name)
     said = {name: value for name, value in given.items() if value is not None or name == "timeout"}
     return RouterSettings(**said)  # type: ignore[arg-type]
-
-
-def _list(value: object, param: str) -> Sequence[Any]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(f"{param}: expected a list, got {value!r}", param=param)
-    return value
 
 
 def check_seconds(name: str, value: object, error: type[LLMMiddlewareError] = ConfigError) -> None:

@@ -5,34 +5,37 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from .._drive import iter_sync, run_sync
 from .._ports.sync import SyncPort
 from ..api.front import Front, credentials_scope, identified_scope
+from ..api.gate import Caller, Gate, Told
+from ..api.hooks import until_closed
+from ..api.message import Head, refusal
+from ..api.paths import is_form
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight, FlightReader
-from ..caching.headers import IDENTITY, Pairs, add_info, as_text, found_headers, kept, stream_headers
+from ..caching.headers import IDENTITY, Pairs, add_info, as_text, found_headers, shared, stream_headers
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
-from ..errors import NOT_CACHED, CacheMissError, InvalidRequestError, LLMMiddlewareError
+from ..errors import NOT_CACHED, CacheMissError, LLMMiddlewareError
+from .reading import Chain, content_length, read_exactly, read_input
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["Body", "Exchange", "status_line"]
+__all__ = ["Body", "Exchange", "header_pairs", "read_input", "status_line"]
 
 logger = logging.getLogger("llm_middleware")
 
 _port = SyncPort()
 
 _CREDENTIALS = tuple((f"HTTP_{name.decode().upper().replace('-', '_')}", name) for name in sorted(IDENTITY))
-
-
-class _Readable(Protocol):
-    def read(self, size: int = -1, /) -> bytes: ...
 
 
 class Body:
@@ -51,31 +54,17 @@ class Body:
             close()
 
 
-class _Chain:
-    """What was read of a request body, and then the rest of it."""
-
-    def __init__(self, head: bytes, rest: _Readable) -> None:
-        self._head = io.BytesIO(head)
-        self._rest = rest
-
-    def read(self, size: int = -1) -> bytes:
-        data = self._head.read(size)
-        if size < 0:
-            return data + self._rest.read()
-        return data if len(data) == size else data + self._rest.read(size - len(data))
-
-    def readline(self, size: int = -1) -> bytes:
-        line = self._head.readline(size)
-        if line.endswith(b"\n") or (0 <= size <= len(line)):
-            return line
-        rest: bytes = self._rest.readline(size - len(line) if size >= 0 else -1)  # type: ignore[attr-defined]
-        return line + rest
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self.readline, b"")
-
-    def readlines(self, hint: int = -1) -> list[bytes]:
-        return list(self)
+def header_pairs(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
+    """The request's headers as ASGI has them."""
+    pairs = [
+        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    ]
+    for name, key in ((b"content-type", "CONTENT_TYPE"), (b"content-length", "CONTENT_LENGTH")):
+        if environ.get(key):
+            pairs.append((name, environ[key].encode("latin-1", "replace")))
+    return pairs
 
 
 def status_line(status: int) -> str:
@@ -102,11 +91,14 @@ class Exchange:
         self.flow = self.cache._flow
         self.app = app
         self.kind = kind
-        query = environ.get("QUERY_STRING", "")
-        self.route = front.own[path] + (f"?{query}" if query else "")
+        self.query = environ.get("QUERY_STRING", "")
+        self.route = front.own[path] + (f"?{self.query}" if self.query else "")
         self.environ = environ
         self.start_response = start_response
         self.body = b""
+        self.caller: Caller | None = None
+        self.told: Told | None = None
+        self.named = ""  # the model of a form, where it stands in the path
 
     def header(self, name: str) -> str:
         name = name.upper().replace("-", "_")
@@ -115,49 +107,82 @@ class Exchange:
         return str(self.environ.get(name, ""))
 
     def run(self) -> Iterable[bytes]:
+        if self.told is None and self.front.gate is not None:
+            refused = self.admit(self.front.gate)
+            if refused is not None:
+                return refused
+        if self.kind == "transcription" and self.told is not None:
+            encoding = self.environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
+            if is_form(self.environ.get("CONTENT_TYPE", ""), encoding):
+                from .uploads import answer_upload  # on first use: it brings the email parser
+
+                return answer_upload(self, self.told)
         reason = self._read()
         if reason is not None:
             return self._pass_on(reason)
         environ = self.environ
         try:
-            scope = self._caller()
+            scope = self._caller() if self.caller is None else self.caller.scope
             if scope is None:
                 plan = self.cache.plan(self.kind, self.body)
                 self.give(self.body if plan.forward is None else plan.forward)
                 return self._pass_on("identify-failed")
             control, planner = environ.get("HTTP_CACHE_CONTROL", ""), self.cache.planner
             encoding = environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
-            if planner.key is None and not encoding and self.kind != "transcription":
+            enforced = None if self.caller is None else self.caller.enforced
+            if planner.key is None and not (encoding or enforced) and self.kind != "transcription":
                 plan = planner.quick(self.kind, self.route, self.body, scope, control)
             else:
-                kind_of_body = environ.get("CONTENT_TYPE", "")
-                asked = Asked(self.kind, self.body, scope, self.route, control, kind_of_body, encoding)
+                form = environ.get("CONTENT_TYPE", "")
+                asked = Asked(self.kind, self.body, scope, self.route, control, form, encoding, enforced)
                 plan = run_sync(planner.planned(_port, asked))
-        except InvalidRequestError as exc:
-            return self._refuse(exc)
-        return self._answer(plan)
+            if self.told is not None:
+                self.told.about(plan, self.query)
+        except LLMMiddlewareError as exc:
+            return self.refuse(exc)
+        return self.answer(plan)
+
+    def admit(self, gate: Gate) -> Iterable[bytes] | None:
+        """Ask who calls; the answer where that one may not."""
+        try:
+            self._admit(gate)
+        except LLMMiddlewareError as exc:
+            return self.refuse(exc)
+        return None
+
+    def _admit(self, gate: Gate) -> None:
+        environ = self.environ
+        head = Head(
+            method=environ["REQUEST_METHOD"],
+            path=environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"),
+            query=self.query,
+            headers=header_pairs(environ),
+            native=environ,
+        )
+        self.caller = gate.at_once(head) or run_sync(gate.enter(_port, head))
+        self.route = self.caller.names + self.route  # in front: behind it a query could say the same
+        self.told = environ["llm_middleware"] = Told(self.caller, head)
 
     # --- the request body
 
     def _read(self) -> str | None:
         """Read the body; the reason code where the app must read it itself."""
         environ, limit = self.environ, self.front.max_body_bytes
-        length = environ.get("CONTENT_LENGTH") or "0"
-        if not length.isdigit():
+        size, stream = content_length(environ), environ["wsgi.input"]
+        if size is None:
             return "unparsable-body"
-        size, stream = int(length), environ["wsgi.input"]
         if size > limit:
             return "body-too-large"
         if size:
-            self.body = _read_exactly(stream, size)
+            self.body = read_exactly(stream, size)
             if len(self.body) < size:
                 environ["wsgi.input"] = io.BytesIO(self.body)
                 return "client-disconnected"
         elif environ.get("wsgi.input_terminated"):
             # Chunked: the length is not known before the end.
-            self.body = _read_exactly(stream, limit + 1)
+            self.body = read_exactly(stream, limit + 1)
             if len(self.body) > limit:
-                environ["wsgi.input"] = _Chain(self.body, stream)
+                environ["wsgi.input"] = Chain(self.body, stream)
                 return "body-too-large"
         return None
 
@@ -198,16 +223,14 @@ class Exchange:
 
         return self.app(self.environ, start)  # type: ignore[arg-type]
 
-    def _refuse(self, error: LLMMiddlewareError) -> Iterable[bytes]:
-        body = error.body()
-        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
-        info = CacheInfo("bypass", None, error.code, "bypass")
-        self.start_response(status_line(error.status), as_text(add_info(headers, info, self.front.profile)))
+    def refuse(self, error: LLMMiddlewareError) -> Iterable[bytes]:
+        headers, body = refusal(error, self.front.profile)
+        self.start_response(status_line(error.status), as_text(headers))
         return [body]
 
     # --- with it
 
-    def _answer(self, plan: Plan) -> Iterable[bytes]:
+    def answer(self, plan: Plan) -> Iterable[bytes]:
         if plan.bypass is None:
             found = self.flow.now(plan, self.header)
             if found is not None and found.stale is None:
@@ -215,12 +238,12 @@ class Exchange:
         self.give(self.body if plan.forward is None else plan.forward)
         if plan.bypass is not None:
             if plan.controls.only_if_cached:
-                return self._refuse(CacheMissError(NOT_CACHED))
+                return self.refuse(CacheMissError(NOT_CACHED))
             return self._pass_on(plan.bypass, plan)
         try:
             return self._slow(plan)
         except CacheMissError as exc:
-            return self._refuse(exc)
+            return self.refuse(exc)
 
     def _slow(self, plan: Plan) -> Iterable[bytes]:
         from .leader import Leader
@@ -244,6 +267,8 @@ class Exchange:
 
     def found(self, plan: Plan, found: Found, close: Callable[[], object] | None = None) -> Iterable[bytes]:
         self.flow.tell_found(plan, found)
+        if self.front.hooks and self.told is not None:
+            self.front.hooks.hit(plan, found, self.told)
         headers = found_headers(found, plan.key, self.front.profile)
         if found.chunks is not None:
             self.start(status_line(found.status), stream_headers(headers))
@@ -266,23 +291,29 @@ class Exchange:
                 return Leader(self, plan, self.flow.flights.solo(plan.key), Opened()).run()
             info = CacheInfo("collapsed", plan.digest, forward="miss")
             self.flow.tell(plan, info)
-            headers = [
-                pair
-                for pair in add_info(kept(head.headers), info, self.front.profile)
-                if pair[0] != b"content-length"
-            ]
+            headers = add_info(shared(head.headers), info, self.front.profile)
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
             if head.streamed:
                 reader = FlightReader(flight, _port)
                 self.start(status_line(head.status), stream_headers(headers))
                 chunks = iter_sync(reader)
-                return Body(chunks, reader_close(chunks, reader))
+                leave, tell = reader_close(chunks, reader), partial(self._tell_shared, plan, flight)
+                return Body(*until_closed(chunks, leave, tell))
             body = run_sync(flight.body(_port))
+            self._tell_shared(plan, flight, True)
             headers.append((b"content-length", b"%d" % len(body)))
             self.start(status_line(head.status), headers)
             return [body]
+        except Exception:
+            self._tell_shared(plan, flight, False)
+            raise
         finally:
             if reader is None:
                 flight.leave()
+
+    def _tell_shared(self, plan: Plan, flight: Flight, whole: bool) -> None:
+        if self.front.hooks and self.told is not None:
+            self.front.hooks.shared(plan, self.told, flight, whole=whole)
 
     def _refresh(self, plan: Plan) -> Callable[[], None] | None:
         """What refreshes a stale entry once its answer has been sent; one refresh at a time for each key."""
@@ -293,6 +324,10 @@ class Exchange:
         if not leads:
             guard.leave()
             return None
+
+        keeping = ExitStack()
+        if self.told is not None and self.told.upload is not None:
+            keeping.enter_context(self.told.upload)  # this exchange ends before
 
         def refresh() -> None:
             self.start_response = _ignore
@@ -309,6 +344,7 @@ class Exchange:
             except Exception as exc:
                 self.flow.reporter.background_failed(plan, exc)
             finally:
+                keeping.close()
                 guard.end(DONE)
                 flights.land(guard)
 
@@ -329,15 +365,3 @@ def _ignore(
     status: str, headers: list[tuple[str, str]], exc_info: object = None
 ) -> Callable[[bytes], object]:
     return lambda data: None
-
-
-def _read_exactly(stream: _Readable, size: int) -> bytes:
-    """``size`` bytes, fewer only at the end: one ``read`` may return less on some servers."""
-    parts: list[bytes] = []
-    while size > 0:
-        data = stream.read(size)
-        if not data:
-            break
-        parts.append(data)
-        size -= len(data)
-    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -71,6 +71,8 @@ class Leader:
         self.opened = opened
         self.beside = opened.beside
         self.fallback = opened.fallback
+        if exchange.told is not None:
+            exchange.told.fallback = self.fallback is not None
         self.started = _Started()
         # Everything of the app's runs in one context, whichever thread takes the next chunk.
         self.context = contextvars.copy_context()
@@ -100,6 +102,8 @@ class Leader:
         if forward is not None:
             exchange.give(forward)
         self.result = self.context.run(exchange.app, exchange.environ, self.started.start_response)
+        if exchange.told is not None:
+            exchange.told.fallback = False  # what fails from here on is within a stream
         self.chunks = self.context.run(iter, self.result)
         first = self._first()
         if self.fallback is not None and self.started.status and is_failure(self.started.code):
@@ -176,9 +180,12 @@ class Leader:
         )
         self.flight.vary = http.varies(started.headers, exchange.header)
         self.flow.flights.land(self.flight)
-        self.flight.begin(Head(record.status, record.headers, streamed=False))
-        self.flight.push(record.body)
-        self.flight.end(DONE, outcome=info)
+        if exchange.told is not None and exchange.told.own:
+            self.flight.end(ABANDONED)  # who waits asks on its own account
+        else:
+            self.flight.begin(Head(record.status, record.headers, streamed=False))
+            self.flight.push(record.body)
+            self.flight.end(DONE, outcome=info)
         self.flow.tell(self.plan, info)
         started.sent = True
         status, sent = started.status, started.headers
@@ -219,6 +226,7 @@ class Leader:
             self.flight,
             beside=self.beside,
             header=self.exchange.header,
+            items=self.exchange.told,
         )
         return SyncPump(
             self.flow.flights,

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from llm_middleware import CacheManager
 from llm_middleware.caching import cache_key, entry
 from llm_middleware.caching.splice import without_member
+from llm_middleware.errors import ConfigError
 from tests.support import CHAT, completion
 
 USER = {"role": "user", "content": "hi"}
@@ -1046,3 +1047,17 @@ def test_splicing_keeps_what_parsers_would_change():
 def test_splicing_takes_out_every_member_of_that_name():
     assert without_member(b'{"cache":1,"c\\u0061che":2}', "cache") == b"{}"
     assert without_member(b'{"cache":1,"a":{"cache":2},"cache":3}', "cache") == b'{"a":{"cache":2}}'
+
+
+def test_models_of_one_group_share_their_answers(way):
+    ask = way(CacheManager(caching_groups=[["a", "b"], ["c"]]))
+    assert ask(b'{"model":"a"}') == ("miss", 1)
+    assert ask(b'{"model":"b"}') == ("hit", 1)
+    assert ask(b'{"model":"c"}') == ("miss", 2)
+    assert ask(b'{"model":"d"}') == ("miss", 3)
+
+
+@pytest.mark.parametrize("groups", ["ab", [["a"], ["a"]], [["a", 1]], [3]])
+def test_wrong_groups_are_refused(groups):
+    with pytest.raises(ConfigError, match="caching_groups"):
+        CacheManager(caching_groups=groups)

@@ -405,3 +405,29 @@ def test_a_model_that_has_no_streams_is_no_fault_of_its_deployment(
     with pytest.raises(BadRequestError, match="does not answer in a stream"):
         face.open(made)
     assert face.read(face.open(made))[1] is None
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_a_stream_tells_what_it_cost(
+    face: Face, upstreams: Callable[[], FakeUpstream], counted: bool
+) -> None:
+    """By the provider's count, else by one token for each event and a quarter of the prompt's characters."""
+    up = upstreams()
+    row = {
+        "model_name": "m",
+        "litellm_params": {"model": "openai/gpt-4o-mini", "api_key": "sk-a", "api_base": up.url},
+        "model_info": {"input_cost_per_token": 1.0, "output_cost_per_token": 100.0},
+    }
+    said = b'data: {"choices": [{"index": 0, "delta": {"content": "Two"}, "finish_reason": "stop"}]}\n\n'
+    usage = (
+        b'data: {"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": 2, "total_tokens": 9}}\n\n'
+    )
+    up.fail_next(200, body=said * 3 + (usage if counted else b"") + b"data: [DONE]\n\n")
+    stream = face.open(Router([row]))
+    face.read(stream)
+    route = stream.route
+    if counted:
+        assert (route.tokens, route.output_tokens, route.cost) == (9, 2, 207.0)
+    else:
+        prompt = len(ASK[0]["content"]) // 4 + 4
+        assert (route.tokens, route.output_tokens, route.cost) == (prompt + 4, 4, prompt + 400.0)
