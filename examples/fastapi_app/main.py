@@ -4,9 +4,9 @@ Run it from the repository's root::
 
     OPENAI_API_KEY=sk-... uvicorn examples.fastapi_app.main:app
 
-Set ``LLM_CACHE_DIR`` to keep the answers on disk, ``OPENAI_BASE_URL`` to talk to another provider; with neither
-that nor a key a fake provider answers. The sub-app reads the file that ``LLM_MIDDLEWARE_CONFIG`` names; without
-one, the ``config.yaml`` beside this module.
+Set ``LLM_CACHE_DIR`` to keep the answers on disk, ``OPENAI_BASE_URL`` to talk to another provider; with
+neither that nor a key a fake provider answers. The sub-app reads the file that ``LLM_MIDDLEWARE_CONFIG``
+names; without one, the ``config.yaml`` beside this module.
 """
 
 from __future__ import annotations

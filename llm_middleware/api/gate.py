@@ -79,7 +79,7 @@ class Told:
     # request until the garbage collector comes.
     __slots__ = ("answered", "cache_key", "caller", "failed", "fallback", "no_store", "own", "upload")
 
-    def __init__(self, caller: Caller, head: Head | None = None) -> None:
+    def __init__(self, caller: Caller) -> None:
         self.caller = caller
         self.cache_key: str | None = None
         self.no_store = False
@@ -129,17 +129,15 @@ class Gate:
         """Whether anybody is asked who they are."""
         return self.keys is not None or self._authorize is not None
 
-    def at_once(self, credentials: Pairs | Head) -> Caller | None:
-        """The caller, from the headers in `IDENTITY`, where nothing has to be asked or waited for: every hit
-        comes through here."""
-        if isinstance(credentials, Head):
-            credentials = [pair for pair in credentials.headers if pair[0] in IDENTITY]
+    def at_once(self, headers: Pairs) -> Caller | None:
+        """The caller, from the request's headers, of which those in `IDENTITY` count, where nothing has to be
+        asked or waited for: every hit comes through here."""
         if self._authorize is not None:
             return None
         keys = self.keys
         if keys is None:
-            return self._anybody(credentials)
-        for name, value in credentials:
+            return self._anybody(headers)
+        for name, value in headers:
             if name == b"authorization":
                 seen = self._seen.get(value)
                 if seen is None:
@@ -148,15 +146,15 @@ class Gate:
                     return seen[2]
                 self._seen.pop(value, None)
                 break
-        return self._known(keys, credentials)
+        return self._known(keys, headers)
 
-    def _known(self, keys: KeyResolver, credentials: Pairs) -> Caller | None:
-        key = key_in(credentials)
+    def _known(self, keys: KeyResolver, headers: Pairs) -> Caller | None:
+        key = key_in(headers)
         record = keys.known(key)
         if record is None or record.rpm_limit is not None:
             return None
         caller = self._caller(record)
-        for name, value in credentials:
+        for name, value in headers:
             if name == b"authorization":
                 # Not where the key is another header's, and not the master key, which has no row.
                 if key_in([(name, value)]) == key and record.id != MASTER:
@@ -186,7 +184,7 @@ class Gate:
             await self.limits._admit(port, record)
             return self._caller(record)
         if self.keys is None:
-            return self._anybody([pair for pair in head.headers if pair[0] in IDENTITY])
+            return self._anybody(head.headers)
         key = head.bearer
         if not key:
             raise InvalidKeyError("no API key: send it as Authorization: Bearer sk-...")
@@ -210,8 +208,10 @@ class Gate:
             raise ExpiredKeyError("this API key has expired")
         return record
 
-    def _anybody(self, credentials: Pairs) -> Caller:
-        return _ANYBODY if self._share == "all" else Caller(scope=credentials_scope(credentials))
+    def _anybody(self, headers: Pairs) -> Caller:
+        if self._share == "all":
+            return _ANYBODY
+        return Caller(scope=credentials_scope([pair for pair in headers if pair[0] in IDENTITY]))
 
     def _caller(self, record: KeyRecord) -> Caller:
         known = self._callers.get(record.id)

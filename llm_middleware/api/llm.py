@@ -49,7 +49,8 @@ async def _answer(
     _check(caller, body)
     ending = _Ending(app.hooks, request.port, told, kind, stream=body.get("stream") is True)
     if caller.record is not None and app.gate.limits is not None:
-        ending.allowance = await app.gate.limits._begin(request.port, caller.record, prompt_tokens(body))
+        tokens = 0 if caller.record.tpm_limit is None else prompt_tokens(body)
+        ending.allowance = await app.gate.limits._begin(request.port, caller.record, tokens)
     told.own = False
     options = {"caching": False, "may_use": caller.may_use}
     try:

@@ -82,7 +82,7 @@ class LLMStarlette(Starlette):
             exchange.named = found.values["model"]
         elif found.values:
             # First who calls: unpacking and reading a body is work.
-            if not await exchange.admitted(self.core.gate):
+            if not await exchange.admitted(self.core.gate, scope["headers"]):
                 return
             named = await self._named(found, scope, receive)
             if named is None:

@@ -102,7 +102,8 @@ class Exchange:
             await self._pass_on([], "body-too-large")
             return
         credentials, cache_control, content_type, content_encoding = headers
-        if self.told is None and self.front.gate is not None and not await self.admitted(self.front.gate):
+        gate = self.front.gate
+        if self.told is None and gate is not None and not await self.admitted(gate, credentials):
             return
         if self.kind == "transcription" and self.told is not None:
             form, encoding = content_type.decode("latin-1"), content_encoding.decode("latin-1")
@@ -120,7 +121,7 @@ class Exchange:
         elif not await self._read(message):
             return
         try:
-            scope = await self._whose(credentials)
+            scope = await self._whose(credentials) if self.caller is None else self.caller.scope
             if scope is None:
                 plan = self.cache.plan(self.kind, self.body)
                 await self._pass_on([self._request(plan.forward)], "identify-failed", plan)
@@ -143,30 +144,25 @@ class Exchange:
 
     async def _whose(self, credentials: list[tuple[bytes, bytes]]) -> str | None:
         """The scope of the answer; None where nothing may be shared."""
-        if self.caller is not None:
-            return self.caller.scope
         if self.front.identify is not None:
             return await self._caller(self.front.identify)
         return "" if self.cache.settings.share == "all" else credentials_scope(credentials)
 
-    async def admitted(self, gate: Gate) -> bool:
-        """Whether the caller may call at all; otherwise it has been told."""
-        scope = self.scope
-        head = Head(
-            method=scope["method"],
-            path=path_below(scope),
-            query=self.query,
-            headers=scope["headers"],
-            native=scope,
-        )
+    async def admitted(self, gate: Gate, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether the caller, by ``headers``, may call at all; otherwise it has been told."""
         try:
-            self.caller = gate.at_once(head) or await gate.enter(_port, head)
+            self.caller = gate.at_once(headers) or await gate.enter(_port, self._head())
         except LLMMiddlewareError as exc:
             await self.refuse(exc)
             return False
         self.route = self.caller.names + self.route  # in front: behind it a query could say the same
-        self.told = scope["llm_middleware"] = Told(self.caller, head)
+        self.told = self.scope["llm_middleware"] = Told(self.caller)
         return True
+
+    def _head(self) -> Head:
+        scope, path = self.scope, path_below(self.scope)
+        method, headers = scope["method"], scope["headers"]
+        return Head(method=method, path=path, query=self.query, headers=headers, native=scope)
 
     async def _read(self, message: Message) -> bool:
         """The rest of a body in pieces, unless the client left or sends more than is read: then the app has

@@ -137,17 +137,25 @@ def _json(body: bytes) -> dict[str, Any]:
     return value
 
 
+_FLAT: Final = frozenset({str, int, float, bool, type(None), bytes})  # told from the others at once
+
+
 def _check_depth(value: Mapping[str, object]) -> None:
     level: list[object] = [value]
     for _ in range(_DEEPEST):
-        level = [item for each in level for item in _items(each) if isinstance(item, Mapping | list | tuple)]
+        level = [
+            item
+            for each in level
+            for item in _items(each)
+            if type(item) not in _FLAT and isinstance(item, (dict, list, tuple, Mapping))
+        ]
         if not level:
             return
     raise InvalidRequestError(f"the body is nested deeper than {_DEEPEST} levels")
 
 
 def _items(value: object) -> Iterable[object]:
-    if isinstance(value, Mapping):
+    if isinstance(value, (dict, Mapping)):
         return value.values()
     return value if isinstance(value, list | tuple) else ()
 

@@ -67,6 +67,10 @@ def header_pairs(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
     return pairs
 
 
+def _credentials(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
+    return [(name, environ[key].encode("latin-1", "replace")) for key, name in _CREDENTIALS if key in environ]
+
+
 def status_line(status: int) -> str:
     try:
         return f"{status} {HTTPStatus(status).phrase}"
@@ -151,17 +155,20 @@ class Exchange:
         return None
 
     def _admit(self, gate: Gate) -> None:
+        caller = gate.at_once(_credentials(self.environ)) or run_sync(gate.enter(_port, self._head()))
+        self.caller = caller
+        self.route = caller.names + self.route  # in front: behind it a query could say the same
+        self.told = self.environ["llm_middleware"] = Told(caller)
+
+    def _head(self) -> Head:
         environ = self.environ
-        head = Head(
+        return Head(
             method=environ["REQUEST_METHOD"],
             path=environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"),
             query=self.query,
             headers=header_pairs(environ),
             native=environ,
         )
-        self.caller = gate.at_once(head) or run_sync(gate.enter(_port, head))
-        self.route = self.caller.names + self.route  # in front: behind it a query could say the same
-        self.told = environ["llm_middleware"] = Told(self.caller, head)
 
     # --- the request body
 
@@ -197,9 +204,7 @@ class Exchange:
             return ""
         environ, identify = self.environ, self.front.identify
         if identify is None:
-            return credentials_scope(
-                [(name, environ[key].encode("latin-1")) for key, name in _CREDENTIALS if key in environ]
-            )
+            return credentials_scope(_credentials(environ))
         try:
             return identified_scope(identify(environ))
         except Exception as exc:
