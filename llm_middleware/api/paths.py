@@ -12,10 +12,8 @@ __all__ = ["Named", "is_form", "openai_path", "with_model"]
 
 
 class Named(NamedTuple):
-    """``path``: what such a request has at OpenAI. ``body``: with the model in it. ``encoding``: of that, its
-    ``Content-Encoding``."""
+    """``body``: with the model in it. ``encoding``: of that, its ``Content-Encoding``."""
 
-    path: str
     body: bytes
     encoding: str
 
@@ -31,19 +29,16 @@ def openai_path(template: str) -> str:
     return "/v1" + template.partition("{model}")[2]
 
 
-def with_model(
-    template: str, model: str, body: bytes, *, content_type: str, encoding: str, limit: int
-) -> Named:
-    """The request as one that names its ``model`` in the body; where both name one, the path's counts. A body
+def with_model(model: str, body: bytes, *, content_type: str, encoding: str, limit: int) -> Named:
+    """The request's body as one that names its ``model``; where both name one, the path's counts. A body
     that is neither a JSON object nor a form, or too long for ``limit`` bytes, stays as it is: what reads it
     says so."""
-    path = openai_path(template)
     try:
         plain = decompressed(body, limit) if encoding == "gzip" else body
         named = _in_form(model, plain, content_type) if is_form(content_type, "") else _in_json(model, plain)
     except (ValueError, RecursionError):
-        return Named(path, body, encoding)
-    return Named(path, named, "" if encoding == "gzip" else encoding)
+        return Named(body, encoding)
+    return Named(named, "" if encoding == "gzip" else encoding)
 
 
 def _in_json(model: str, body: bytes) -> bytes:

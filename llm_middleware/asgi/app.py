@@ -16,17 +16,17 @@ from starlette.applications import Starlette
 from .._ports.async_ import AsyncPort
 from ..api.app import LLMApp, Source
 from ..api.gate import Told
-from ..api.message import Head, Response
+from ..api.message import Response
 from ..api.paths import is_form, openai_path, with_model
-from ..api.routes import MODEL_KINDS, Match
-from ..caching.headers import get_header
+from ..api.routes import MODEL_KINDS, Match, Route
 from ..caching.manager import CacheManager
 from ..caching.results import close_items
 from ..events import Hook
 from ..keys.resolver import KeyResolver
 from ..routing.router import Router
 from .authorize import authorizer
-from .exchange import Exchange, path_below
+from .exchange import Exchange
+from .reading import about_body, client_left, head_of, path_below, read_body
 from .types import Message, Receive, Scope, Send
 
 __all__ = ["LLMStarlette", "llm_app"]
@@ -61,57 +61,45 @@ class LLMStarlette(Starlette):
         if scope["method"] == "POST":
             kind = self.core.front.routes.get(path)
             if kind is not None:  # nearly every request, and nothing to look for
-                await self._exchange(kind, path, scope, receive, send)
+                await self._exchange(kind, path, scope, receive, send).run()
                 return
         found = self.core.find(scope["method"], path)
         if isinstance(found, Response):
             await _send(send, found, head=scope["method"] == "HEAD")
         elif found.route is not None and found.route.kind is not None:
-            await self._model(found, path, scope, receive, send)
+            await self._model(found, found.route, scope, receive, send)
         else:
-            await self._other(found, path, scope, receive, send)
+            await self._other(found, scope, receive, send)
 
-    async def _model(self, found: Match, path: str, scope: Scope, receive: Receive, send: Send) -> None:
-        assert found.route is not None
-        kind = found.route.kind
-        assert kind is not None
-        if found.values:
-            path = openai_path(found.route.path)
-        exchange = Exchange(self.core.front, self._behind[kind], kind, path, scope, receive, send)
-        if found.values and kind == "transcription" and is_form(*_about_body(scope)):
-            exchange.named = found.values["model"]
-        elif found.values:
+    def _exchange(self, kind: str, path: str, scope: Scope, receive: Receive, send: Send) -> Exchange:
+        return Exchange(self.core.front, self._behind[kind], kind, path, scope, receive, send)
+
+    async def _model(self, found: Match, route: Route, scope: Scope, receive: Receive, send: Send) -> None:
+        """A request whose model stands in its path."""
+        assert route.kind is not None
+        exchange = self._exchange(route.kind, openai_path(route.path), scope, receive, send)
+        model = found.values["model"]
+        if route.kind == "transcription" and is_form(*about_body(scope)):
+            exchange.named = model
+        else:
             # First who calls: unpacking and reading a body is work.
             if not await exchange.admitted(self.core.gate, scope["headers"]):
                 return
-            named = await self._named(found, scope, receive)
+            named = await self._named(model, scope, receive)
             if named is None:
                 await _send(send, self.core.too_large())
                 return
-            exchange.scope, exchange.receive, _ = named
+            exchange.scope, exchange.receive = named
         await exchange.run()
 
-    def _exchange(
-        self, kind: str, path: str, scope: Scope, receive: Receive, send: Send
-    ) -> Coroutine[Any, Any, None]:
-        return Exchange(self.core.front, self._behind[kind], kind, path, scope, receive, send).run()
-
-    async def _named(self, found: Match, scope: Scope, receive: Receive) -> tuple[Scope, Receive, str] | None:
-        """A request whose model stands in its path, as one that has it in its body; None where that is too
-        long."""
-        assert found.route is not None
-        body = await _read(receive, self.core.max_body_bytes)
+    async def _named(self, model: str, scope: Scope, receive: Receive) -> tuple[Scope, Receive] | None:
+        """The request as one that has its ``model`` in its body; None where that is too long."""
+        body = await read_body(receive, self.core.max_body_bytes)
         if body is None:
             return None
-        form, encoding = _about_body(scope)
-        named = with_model(
-            found.route.path,
-            found.values["model"],
-            body,
-            content_type=form,
-            encoding=encoding,
-            limit=self.core.max_body_bytes,
-        )
+        form, encoding = about_body(scope)
+        limit = self.core.max_body_bytes
+        named = with_model(model, body, content_type=form, encoding=encoding, limit=limit)
         headers = [
             pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-encoding")
         ]
@@ -123,30 +111,28 @@ class LLMStarlette(Starlette):
         async def replay() -> Message:
             return pending.pop() if pending else await receive()
 
-        return {**scope, "headers": headers}, replay, named.path
+        return {**scope, "headers": headers}, replay
 
     async def _answer(self, kind: str, scope: Scope, receive: Receive, send: Send) -> None:
         """The app behind the cache."""
         told: Told | None = scope.get("llm_middleware")
         # Of a request that says itself that it is too long nobody was asked who sends it.
-        body = None if told is None else await _read(receive, self.core.max_body_bytes)
+        body = None if told is None else await read_body(receive, self.core.max_body_bytes)
         if told is None or body is None:
             await _send(send, self.core.too_large())
             return
         await _unless_client_leaves(self._respond(kind, scope, told, body, send), receive)
 
     async def _respond(self, kind: str, scope: Scope, told: Told, body: bytes, send: Send) -> None:
-        head = _head(scope, path_below(scope))
-        await _send(send, await self.core.model(_port, "async", head, told, kind, body))
+        await _send(send, await self.core.model(_port, "async", head_of(scope), told, kind, body))
 
-    async def _other(self, found: Match, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _other(self, found: Match, scope: Scope, receive: Receive, send: Send) -> None:
         assert found.route is not None
-        head = _head(scope, path)
-        body = await _read(receive, self.core.max_body_bytes)
+        body = await read_body(receive, self.core.max_body_bytes)
         if body is None:
             response = self.core.too_large()
         else:
-            response = await self.core.handle(_port, head, found.route, found.values, body)
+            response = await self.core.handle(_port, head_of(scope), found.route, found.values, body)
         await _send(send, response, head=scope["method"] == "HEAD")
 
 
@@ -180,33 +166,6 @@ def llm_app(
     )
 
 
-def _about_body(scope: Scope) -> tuple[str, str]:
-    """The content type and the encoding that the headers tell."""
-    form, encoding = (get_header(scope["headers"], name) for name in (b"content-type", b"content-encoding"))
-    return form.decode("latin-1"), encoding.decode("latin-1").strip().lower()
-
-
-def _head(scope: Scope, path: str) -> Head:
-    query = scope.get("query_string", b"").decode("latin-1")
-    return Head(method=scope["method"], path=path, query=query, headers=scope["headers"], native=scope)
-
-
-async def _read(receive: Receive, limit: int) -> bytes | None:
-    """The body; None where it is longer than ``limit`` bytes."""
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b"".join(parts)
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > limit:
-            return None
-        if not message.get("more_body", False):
-            return b"".join(parts)
-
-
 async def _send(send: Send, response: Response, *, head: bool = False) -> None:
     headers = response.headers
     if response.stream is None:
@@ -234,7 +193,7 @@ async def _unless_client_leaves(work: Coroutine[Any, Any, None], receive: Receiv
         left = True
         task.cancel()
 
-    watch = asyncio.create_task(_left(receive))
+    watch = asyncio.create_task(client_left(receive))
     watch.add_done_callback(leave)
     try:
         await work
@@ -247,11 +206,3 @@ async def _unless_client_leaves(work: Coroutine[Any, Any, None], receive: Receiv
         watch.cancel()
         if left:
             task.uncancel()
-
-
-async def _left(receive: Receive) -> None:
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return
-        await asyncio.sleep(0)  # a server that has more to say than the body must not hold the loop

@@ -11,7 +11,7 @@ from dataclasses import replace
 from .._ports.async_ import AsyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..api.gate import Caller, Gate, Told
-from ..api.message import Head, refusal
+from ..api.message import refusal
 from ..api.paths import is_form
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight
@@ -19,9 +19,10 @@ from ..caching.headers import IDENTITY, READ, add_info, found_headers, shared, s
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, LLMMiddlewareError
+from .reading import client_left, head_of
 from .types import ASGIApp, Message, Receive, Scope, Send
 
-__all__ = ["Exchange", "path_below"]
+__all__ = ["Exchange"]
 
 logger = logging.getLogger("llm_middleware")
 
@@ -30,16 +31,6 @@ _port = AsyncPort()
 # What became of reading along: the client has its answer, or this request makes a call of its own, behind a
 # flight that another may lead, or beside all flights.
 _DONE, _AGAIN, _ALONE = "done", "again", "alone"
-
-
-def path_below(scope: Scope) -> str:
-    """What is left of the path below the place where the app is mounted."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    if path.startswith(root):
-        return path[len(root) :]
-    # The host's own root path is not in front of the path everywhere: not where a proxy has taken it away.
-    return path.removeprefix(root.removeprefix(scope.get("app_root_path", "")))
 
 
 class Exchange:
@@ -151,18 +142,13 @@ class Exchange:
     async def admitted(self, gate: Gate, headers: list[tuple[bytes, bytes]]) -> bool:
         """Whether the caller, by ``headers``, may call at all; otherwise it has been told."""
         try:
-            self.caller = gate.at_once(headers) or await gate.enter(_port, self._head())
+            self.caller = gate.at_once(headers) or await gate.enter(_port, head_of(self.scope))
         except LLMMiddlewareError as exc:
             await self.refuse(exc)
             return False
         self.route = self.caller.names + self.route  # in front: behind it a query could say the same
         self.told = self.scope["llm_middleware"] = Told(self.caller)
         return True
-
-    def _head(self) -> Head:
-        scope, path = self.scope, path_below(self.scope)
-        method, headers = scope["method"], scope["headers"]
-        return Head(method=method, path=path, query=self.query, headers=headers, native=scope)
 
     async def _read(self, message: Message) -> bool:
         """The rest of a body in pieces, unless the client left or sends more than is read: then the app has
@@ -325,7 +311,7 @@ class Exchange:
     async def _unless_client_leaves(self, work: Coroutine[object, object, str]) -> str | None:
         """``work``'s result; None where the client left first and it was cancelled."""
         task = asyncio.ensure_future(work)
-        watch = asyncio.ensure_future(self.client_left())
+        watch = asyncio.ensure_future(client_left(self.receive))
         try:
             await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
@@ -336,14 +322,6 @@ class Exchange:
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
-
-    async def client_left(self) -> None:
-        """Return when the client has disconnected."""
-        while True:
-            message = await self.receive()
-            if message["type"] == "http.disconnect":
-                return
-            await asyncio.sleep(0)  # a server that has more to say than the body must not hold the loop
 
     def _revalidate(self, plan: Plan) -> None:
         """Refresh a stale entry behind the answer just given; one refresh at a time for each key."""

@@ -28,6 +28,7 @@ from ..caching.plan import Plan
 from ..types import Headers
 from .exchange import Exchange, _port
 from .handover import Sending, send_or_hand_over
+from .reading import client_left
 from .types import Message
 
 __all__ = ["Leader"]
@@ -109,7 +110,7 @@ class Leader:
         await self._handle()
 
     async def _watch(self) -> None:
-        await self.exchange.client_left()
+        await client_left(self.exchange.receive)
         if self.answered:
             self.disconnected.set()
         elif not self._client_left():

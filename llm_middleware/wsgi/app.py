@@ -11,16 +11,17 @@ from .._drive import iter_sync, run_sync
 from .._ports.sync import SyncPort
 from ..api.app import LLMApp, Source
 from ..api.gate import Told
-from ..api.message import Head, Response
+from ..api.message import Response
 from ..api.paths import is_form, openai_path, with_model
-from ..api.routes import MODEL_KINDS, Match
+from ..api.routes import MODEL_KINDS, Match, Route
 from ..caching.headers import as_text
 from ..caching.manager import CacheManager
 from ..caching.results import close_items
 from ..events import Hook
 from ..keys.resolver import KeyResolver
 from ..routing.router import Router
-from .exchange import Body, Exchange, header_pairs, read_input, status_line
+from .exchange import Body, Exchange, status_line
+from .reading import about_body, head_of, path_of, read_input
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIEnvironment
@@ -39,34 +40,37 @@ class LLMWSGIApp:
 
     def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         method = environ["REQUEST_METHOD"]
-        path = _path(environ)
+        path = path_of(environ)
         if method == "POST":
             kind = self.core.front.routes.get(path)
             if kind is not None:  # nearly every request, and nothing to look for
-                return self._exchange(kind, path, environ, start_response)
+                return self._exchange(kind, path, environ, start_response).run()
         found = self.core.find(method, path)
         if isinstance(found, Response):
             return _send(start_response, found, head=method == "HEAD")
         if found.route is not None and found.route.kind is not None:
-            return self._model(found, path, environ, start_response)
-        return self._other(found, path, environ, start_response)
+            return self._model(found, found.route, environ, start_response)
+        return self._other(found, environ, start_response)
 
     def close(self) -> None:
         """Give back connections and files; they are opened again when the app is used again."""
         run_sync(self.core.close(_port, "sync"))
 
+    def _exchange(
+        self, kind: str, path: str, environ: WSGIEnvironment, start_response: StartResponse
+    ) -> Exchange:
+        return Exchange(self.core.front, self._behind[kind], kind, path, environ, start_response)
+
     def _model(
-        self, found: Match, path: str, environ: WSGIEnvironment, start_response: StartResponse
+        self, found: Match, route: Route, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
-        assert found.route is not None
-        kind = found.route.kind
-        assert kind is not None
-        if found.values:
-            path = openai_path(found.route.path)
-        exchange = Exchange(self.core.front, self._behind[kind], kind, path, environ, start_response)
-        if found.values and kind == "transcription" and is_form(*_about_body(environ)):
-            exchange.named = found.values["model"]
-        elif found.values:
+        """A request whose model stands in its path."""
+        assert route.kind is not None
+        exchange = self._exchange(route.kind, openai_path(route.path), environ, start_response)
+        model = found.values["model"]
+        if route.kind == "transcription" and is_form(*about_body(environ)):
+            exchange.named = model
+        else:
             # First who calls: unpacking and reading a body is work.
             refused = exchange.admit(self.core.gate)
             if refused is not None:
@@ -74,30 +78,16 @@ class LLMWSGIApp:
             body = read_input(environ, self.core.max_body_bytes)
             if body is None:
                 return _send(start_response, self.core.too_large())
-            self._named(found, environ, body)
+            self._name(model, environ, body)
         return exchange.run()
 
-    def _exchange(
-        self, kind: str, path: str, environ: WSGIEnvironment, start_response: StartResponse
-    ) -> Iterable[bytes]:
-        exchange = Exchange(self.core.front, self._behind[kind], kind, path, environ, start_response)
-        return exchange.run()
-
-    def _named(self, found: Match, environ: WSGIEnvironment, body: bytes) -> str:
-        """Put the model that stands in the path into the body; the path without it."""
-        assert found.route is not None
-        form, encoding = _about_body(environ)
-        named = with_model(
-            found.route.path,
-            found.values["model"],
-            body,
-            content_type=form,
-            encoding=encoding,
-            limit=self.core.max_body_bytes,
-        )
+    def _name(self, model: str, environ: WSGIEnvironment, body: bytes) -> None:
+        """Put the ``model`` into the body."""
+        form, encoding = about_body(environ)
+        limit = self.core.max_body_bytes
+        named = with_model(model, body, content_type=form, encoding=encoding, limit=limit)
         environ["wsgi.input"], environ["CONTENT_LENGTH"] = io.BytesIO(named.body), str(len(named.body))
         environ["HTTP_CONTENT_ENCODING"] = named.encoding
-        return named.path
 
     def _answer(self, kind: str, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
         """The app behind the cache."""
@@ -105,14 +95,14 @@ class LLMWSGIApp:
         body = read_input(environ, self.core.max_body_bytes)
         if body is None:
             return _send(start_response, self.core.too_large())
-        head = _head(environ, _path(environ))
-        return _send(start_response, run_sync(self.core.model(_port, "sync", head, told, kind, body)))
+        response = run_sync(self.core.model(_port, "sync", head_of(environ), told, kind, body))
+        return _send(start_response, response)
 
     def _other(
-        self, found: Match, path: str, environ: WSGIEnvironment, start_response: StartResponse
+        self, found: Match, environ: WSGIEnvironment, start_response: StartResponse
     ) -> Iterable[bytes]:
         assert found.route is not None
-        head = _head(environ, path)
+        head = head_of(environ)
         body = read_input(environ, self.core.max_body_bytes)
         if body is None:
             return _send(start_response, self.core.too_large())
@@ -145,26 +135,6 @@ def llm_app(
     """
     return LLMWSGIApp(
         LLMApp(config, cache=cache, router=router, keys=keys, authorize=authorize, admin=admin, hooks=hooks)
-    )
-
-
-def _about_body(environ: WSGIEnvironment) -> tuple[str, str]:
-    """The content type and the encoding that the headers tell."""
-    return environ.get("CONTENT_TYPE", ""), environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
-
-
-def _path(environ: WSGIEnvironment) -> str:
-    """PEP 3333: bytes as if they were Latin-1."""
-    return str(environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"))
-
-
-def _head(environ: WSGIEnvironment, path: str) -> Head:
-    return Head(
-        method=environ["REQUEST_METHOD"],
-        path=path,
-        query=environ.get("QUERY_STRING", ""),
-        headers=header_pairs(environ),
-        native=environ,
     )
 
 

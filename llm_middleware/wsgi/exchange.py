@@ -16,7 +16,7 @@ from .._ports.sync import SyncPort
 from ..api.front import Front, credentials_scope, identified_scope
 from ..api.gate import Caller, Gate, Told
 from ..api.hooks import until_closed
-from ..api.message import Head, refusal
+from ..api.message import refusal
 from ..api.paths import is_form
 from ..caching.answer import CacheInfo, Found
 from ..caching.flight import DONE, Flight, FlightReader
@@ -24,12 +24,12 @@ from ..caching.headers import IDENTITY, Pairs, add_info, as_text, found_headers,
 from ..caching.lookup import Opened
 from ..caching.plan import Asked, Plan
 from ..errors import NOT_CACHED, CacheMissError, LLMMiddlewareError
-from .reading import Chain, content_length, read_exactly, read_input
+from .reading import Chain, about_body, content_length, head_of, read_exactly
 
 if TYPE_CHECKING:
     from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
-__all__ = ["Body", "Exchange", "header_pairs", "read_input", "status_line"]
+__all__ = ["Body", "Exchange", "status_line"]
 
 logger = logging.getLogger("llm_middleware")
 
@@ -52,19 +52,6 @@ class Body:
         close, self._close = self._close, None
         if close is not None:
             close()
-
-
-def header_pairs(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
-    """The request's headers as ASGI has them."""
-    pairs = [
-        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1", "replace"))
-        for name, value in environ.items()
-        if name.startswith("HTTP_")
-    ]
-    for name, key in ((b"content-type", "CONTENT_TYPE"), (b"content-length", "CONTENT_LENGTH")):
-        if environ.get(key):
-            pairs.append((name, environ[key].encode("latin-1", "replace")))
-    return pairs
 
 
 def _credentials(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
@@ -115,12 +102,11 @@ class Exchange:
             refused = self.admit(self.front.gate)
             if refused is not None:
                 return refused
-        if self.kind == "transcription" and self.told is not None:
-            encoding = self.environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
-            if is_form(self.environ.get("CONTENT_TYPE", ""), encoding):
-                from .uploads import answer_upload  # on first use: it brings the email parser
+        told = self.told
+        if self.kind == "transcription" and told is not None and is_form(*about_body(self.environ)):
+            from .uploads import answer_upload  # on first use: it brings the email parser
 
-                return answer_upload(self, self.told)
+            return answer_upload(self, told)
         reason = self._read()
         if reason is not None:
             return self._pass_on(reason)
@@ -155,20 +141,12 @@ class Exchange:
         return None
 
     def _admit(self, gate: Gate) -> None:
-        caller = gate.at_once(_credentials(self.environ)) or run_sync(gate.enter(_port, self._head()))
+        caller = gate.at_once(_credentials(self.environ)) or run_sync(
+            gate.enter(_port, head_of(self.environ))
+        )
         self.caller = caller
         self.route = caller.names + self.route  # in front: behind it a query could say the same
         self.told = self.environ["llm_middleware"] = Told(caller)
-
-    def _head(self) -> Head:
-        environ = self.environ
-        return Head(
-            method=environ["REQUEST_METHOD"],
-            path=environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"),
-            query=self.query,
-            headers=header_pairs(environ),
-            native=environ,
-        )
 
     # --- the request body
 

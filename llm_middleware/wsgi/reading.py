@@ -7,10 +7,21 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, Protocol
 
+from ..api.message import Head
+
 if TYPE_CHECKING:
     from wsgiref.types import WSGIEnvironment
 
-__all__ = ["Chain", "content_length", "pieces_of", "read_exactly", "read_input"]
+__all__ = [
+    "Chain",
+    "about_body",
+    "content_length",
+    "head_of",
+    "path_of",
+    "pieces_of",
+    "read_exactly",
+    "read_input",
+]
 
 _PIECE: Final = 2**16  # bytes
 
@@ -44,6 +55,40 @@ class Chain:
 
     def readlines(self, hint: int = -1) -> list[bytes]:
         return list(self)
+
+
+def path_of(environ: WSGIEnvironment) -> str:
+    """The path below the place where the app is mounted: bytes as if they were Latin-1."""
+    return str(environ.get("PATH_INFO", "").encode("latin-1", "replace").decode("utf-8", "replace"))
+
+
+def head_of(environ: WSGIEnvironment) -> Head:
+    """What is known of a request before its body."""
+    return Head(
+        method=environ["REQUEST_METHOD"],
+        path=path_of(environ),
+        query=environ.get("QUERY_STRING", ""),
+        headers=_header_pairs(environ),
+        native=environ,
+    )
+
+
+def _header_pairs(environ: WSGIEnvironment) -> list[tuple[bytes, bytes]]:
+    """The request's headers as ASGI has them."""
+    pairs = [
+        (name[5:].replace("_", "-").lower().encode("latin-1"), value.encode("latin-1", "replace"))
+        for name, value in environ.items()
+        if name.startswith("HTTP_")
+    ]
+    for name, key in ((b"content-type", "CONTENT_TYPE"), (b"content-length", "CONTENT_LENGTH")):
+        if environ.get(key):
+            pairs.append((name, environ[key].encode("latin-1", "replace")))
+    return pairs
+
+
+def about_body(environ: WSGIEnvironment) -> tuple[str, str]:
+    """The content type and the encoding that the headers tell."""
+    return environ.get("CONTENT_TYPE", ""), environ.get("HTTP_CONTENT_ENCODING", "").strip().lower()
 
 
 def content_length(environ: WSGIEnvironment) -> int | None:
