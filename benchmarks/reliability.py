@@ -57,6 +57,7 @@ ROOT = Path(__file__).parents[1]
 _PAGE = ROOT / "docs" / "reliability.md"
 _BEGIN, _END = "<!-- table: begin -->", "<!-- table: end -->"
 _WORKERS, _THREADS, _TASKS = 3, 2, 4
+_AT_ONCE = 2  # what a caller may ask a store at one time: what it waits for, and a lease's renewal or release
 _TTL = 3600.0
 _RECOVERY = 2.0  # seconds for which an open breaker asks nothing
 _SLICES = 10  # how often a fault is renewed while it lasts
@@ -242,6 +243,7 @@ class _Run:
         self.ages: list[float] = []
         self.seconds: dict[int, float] = {}
         self.hits = 0
+        self.attempts = itertools.count()
 
     def go(self, target: Target, inject: bool) -> Outcome:
         threads = [threading.Thread(target=ask, args=(worker,)) for worker, ask in self._askers()]
@@ -250,7 +252,7 @@ class _Run:
         errors = self._through_the_fault(target if inject else Target({}), threads)
         evidence, took = errors.pop(), errors.pop()
         lifted = time.monotonic()
-        self._back()
+        self._in_use()
         back_after = time.monotonic() - lifted
         for thread in threads:
             thread.join()
@@ -263,7 +265,7 @@ class _Run:
             answered=len(self.seconds),
             seconds=[taken for number, taken in self.seconds.items() if number >= self.window.start],
             errors=[int(count) for count in errors],
-            allowed=3 + _THREADS + _TASKS - 1 + took // _RECOVERY + 1,
+            allowed=3 + _AT_ONCE * (_THREADS + _TASKS) - 1 + took // _RECOVERY + 1,
             hits=self.hits / len(self.window),
             evidence=int(evidence),
             back_after=back_after,
@@ -280,6 +282,8 @@ class _Run:
         """Errors by worker during the fault, the seconds that it lasted, and the evidence of it."""
         script, window = self.script, self.window
         script.reached(window.start)
+        if self.warm:
+            self._in_use()
         before = [worker.errors for worker in self.workers]
         began = time.monotonic()
         try:
@@ -353,12 +357,13 @@ class _Run:
         if number in self.window and answer.cache.status == "hit":
             self.hits += 1
 
-    def _back(self) -> None:
-        """What each worker stores the next one has from the store, by threads and by event loops."""
+    def _in_use(self) -> None:
+        """Return when what each worker stores the next one has from the store, by threads and by event loops:
+        so no breaker is open that a slow start or a fault has opened."""
         with asyncio.Runner() as runner:
             for number, worker in enumerate(self.workers):
                 other = self.workers[(number + 1) % _WORKERS].cache
-                attempts = (f"back {number} {attempt}" for attempt in itertools.count())
+                attempts = (f"in use {number} {attempt}" for attempt in self.attempts)
 
                 def shared(cache: CacheManager = worker.cache, other: CacheManager = other) -> bool:
                     tiers = [
@@ -367,7 +372,7 @@ class _Run:
                     ]
                     return not {None, "memory"} & set(tiers)
 
-                wait_for(shared, "the store is used again")
+                wait_for(shared, "the store is used")
 
 
 def _shared(cache: CacheManager, other: CacheManager, body: dict[str, object]) -> str | None:
