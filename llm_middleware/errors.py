@@ -186,6 +186,15 @@ class InvalidKeyError(APIKeyError):
     code = "invalid_api_key"
 
 
+class InternalError(LLMMiddlewareError):
+    """Something failed that nobody foresaw; the log says what, and the client nothing of it."""
+
+    code = "internal_error"
+
+    def __init__(self) -> None:
+        super().__init__("internal error")
+
+
 class ExpiredKeyError(APIKeyError):
     """The time of the API key is over."""
 

@@ -14,14 +14,7 @@ from .._ports.protocol import Port
 from ..caching.controls import parse_body
 from ..caching.headers import IDENTITY
 from ..caching.plan import Plan
-from ..errors import (
-    BlockedKeyError,
-    ConfigError,
-    ExpiredKeyError,
-    InvalidKeyError,
-    KeyPermissionError,
-    LLMMiddlewareError,
-)
+from ..errors import ConfigError, InternalError, InvalidKeyError, KeyPermissionError, LLMMiddlewareError
 from ..events import Event
 from ..keys.lookup import MASTER
 from ..keys.record import KeyRecord, hashed
@@ -36,7 +29,6 @@ __all__ = ["Caller", "Gate", "Told"]
 
 logger = logging.getLogger("llm_middleware")
 
-_SHARES = ("all", "team", "user", "key")
 _CONTROLS = {"max_age": "s-maxage"}
 _MOST = 10_000  # callers remembered
 
@@ -175,7 +167,7 @@ class Gate:
             raise
         except Exception as exc:
             logger.exception("nobody could say who calls")
-            raise LLMMiddlewareError("internal error", code="internal_error") from exc
+            raise InternalError() from exc
 
     async def _enter(self, port: Port, head: Head) -> Caller:
         if self._authorize is not None:
@@ -202,10 +194,7 @@ class Gate:
             raise _refusal(exc) from exc
         if not isinstance(record, KeyRecord):
             raise InvalidKeyError("the request is not authorized")
-        if record.blocked:
-            raise BlockedKeyError("this API key is blocked")
-        if record.expires is not None and record.expires <= time.time():
-            raise ExpiredKeyError("this API key has expired")
+        record.check_usable(time.time())
         return record
 
     def _anybody(self, headers: Pairs) -> Caller:
@@ -266,7 +255,7 @@ def _refusal(exc: Exception) -> LLMMiddlewareError:
     if isinstance(status, int) and isinstance(detail, str) and 300 <= status < 600:
         return _refused_with(status, detail)
     logger.error("authorize failed", exc_info=exc)
-    return LLMMiddlewareError("internal error", code="internal_error")
+    return InternalError()
 
 
 def _refused_with(status: int, detail: str) -> LLMMiddlewareError:

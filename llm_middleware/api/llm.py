@@ -13,7 +13,7 @@ from ..caching.headers import EVENT_STREAM, JSON
 from ..caching.plan import decompressed
 from ..caching.results import close_items
 from ..caching.sse import format_event
-from ..errors import InvalidRequestError, KeyPermissionError, LLMMiddlewareError, ProviderError
+from ..errors import InternalError, InvalidRequestError, KeyPermissionError, LLMMiddlewareError, ProviderError
 from ..routing.fallback import own_fallbacks
 from ..routing.request import read_body
 from ..routing.response import ModelStream, RouteInfo
@@ -198,7 +198,7 @@ class _Events:
 
 
 def _internal() -> LLMMiddlewareError:
-    return LLMMiddlewareError("internal error", code="internal_error")
+    return InternalError()
 
 
 def _error_event(kind: str, error: LLMMiddlewareError) -> bytes:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from ..caching.headers import PROFILES
+from ..keys.record import SHARES
 from .values import Section
 
-__all__ = ["PROFILES", "SHARES", "Parts", "read_keys", "read_server"]
+__all__ = ["Parts", "read_keys", "read_server"]
 
-PROFILES: Final = ("standard", "litellm")
-SHARES: Final = ("all", "team", "user", "key")
 KEYS_TTL: Final = 60.0
 
 

@@ -13,8 +13,6 @@ from typing import Final
 
 from .._ports.protocol import Port
 from ..errors import (
-    BlockedKeyError,
-    ExpiredKeyError,
     InvalidKeyError,
     KeyStoreUnavailable,
     LLMMiddlewareError,
@@ -77,9 +75,7 @@ class Lookup:
         if self._numbered and not self._is_current(now):
             return None
         record = self.recent.find(key_id, now, self._pushed and self._asker.store.live)
-        if record is None or record.blocked or (record.expires is not None and record.expires <= now):
-            return None
-        return record
+        return record if record is not None and record.usable(now) else None
 
     async def find(self, port: Port, key: str) -> KeyRecord:
         """The record of a key that may be used. `InvalidKeyError`, `ExpiredKeyError`, `BlockedKeyError`;
@@ -113,10 +109,7 @@ class Lookup:
         return self._master_digest is not None and hmac.compare_digest(digest, self._master_digest)
 
     def _usable(self, record: KeyRecord) -> KeyRecord:
-        if record.blocked:
-            raise BlockedKeyError("this API key is blocked")
-        if record.expires is not None and record.expires <= self._clock():
-            raise ExpiredKeyError("this API key has expired")
+        record.check_usable(self._clock())
         return record
 
     async def _read(self, port: Port, key: str, key_id: str) -> KeyRecord:

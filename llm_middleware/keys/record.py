@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from ..errors import ConfigError
+from ..errors import BlockedKeyError, ConfigError, ExpiredKeyError
 from .duration import parse_duration
 from .pattern import matches
 
@@ -83,6 +83,17 @@ class KeyRecord:
     def __post_init__(self) -> None:
         if not isinstance(self.id, str) or not self.id:  # all without one would share their answers
             raise ConfigError("id: expected a string that is not empty", param="id")
+
+    def usable(self, now: float) -> bool:
+        """Whether it may be used at ``now``, seconds since the epoch."""
+        return not self.blocked and (self.expires is None or self.expires > now)
+
+    def check_usable(self, now: float) -> None:
+        """`BlockedKeyError`, `ExpiredKeyError` where it is not `usable`."""
+        if self.blocked:
+            raise BlockedKeyError("this API key is blocked")
+        if not self.usable(now):
+            raise ExpiredKeyError("this API key has expired")
 
     def may_use(self, model: str) -> bool:
         """Whether it may call ``model``, by the name that is called in the end: apply `aliases` before."""
