@@ -64,7 +64,10 @@ class StoreContract:
 
     `make_store` returns an empty store each time it is called, with room for a megabyte at least; it must
     take the time from ``clock``. It may return one that others use too if nothing of this class's is in it.
+    ``many``: entries that no page of the store holds all of; fewer where each one takes long.
     """
+
+    many = 600
 
     def make_store(self, clock: Clock) -> Store:
         raise NotImplementedError("return an empty store that takes the time from `clock`")
@@ -179,11 +182,11 @@ class StoreContract:
 
     def test_flush_removes_large_values_and_many(self) -> None:
         with self.open_store() as (store, _):
-            for number in range(600):
+            for number in range(self.many):
                 store.set(_key("a", number), b"x", 60)
-            store.set(_key("a", 600), b"x" * 100_000, 60)
-            assert store.flush("a") == 601
-            assert store.get(_key("a", 600)) is None
+            store.set(_key("a", self.many), b"x" * 100_000, 60)
+            assert store.flush("a") == self.many + 1
+            assert store.get(_key("a", self.many)) is None
 
     def test_what_was_flushed_can_be_stored_again(self) -> None:
         with self.open_store() as (store, _):
