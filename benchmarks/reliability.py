@@ -189,6 +189,7 @@ class _Script:
     def __init__(self, requests: int, stops: Sequence[int]) -> None:
         self._next, self._requests = 0, requests
         self._gates = {stop: threading.Event() for stop in stops}
+        self._asked: set[int] = set()
         self._changed = threading.Condition()
 
     def take(self) -> int | None:
@@ -197,8 +198,14 @@ class _Script:
             if number >= self._requests:
                 return None
             self._next += 1
+            self._asked.add(number)
             self._changed.notify_all()
             return number
+
+    def ended(self, number: int) -> None:
+        with self._changed:
+            self._asked.discard(number)
+            self._changed.notify_all()
 
     def gate(self, number: int) -> threading.Event | None:
         """What to wait for before request ``number``."""
@@ -209,6 +216,13 @@ class _Script:
         with self._changed:
             if not self._changed.wait_for(lambda: self._next > number, 10 * PATIENCE):
                 raise RuntimeError(f"request {number} was never begun")
+
+    def passed(self, number: int) -> None:
+        """Return when all requests before this one have ended."""
+        with self._changed:
+            done = self._changed.wait_for(lambda: min(self._asked, default=number) >= number, 10 * PATIENCE)
+            if not done:
+                raise RuntimeError(f"a request before {number} never ended")
 
     def open(self, stop: int) -> None:
         self._gates[stop].set()
@@ -293,6 +307,7 @@ class _Run:
                 script.reached(number)
                 target.renew()
             script.reached(window.stop)
+            script.passed(window.stop)  # else the window may be over before a store that hangs was given up
         finally:
             script.open(window.start)
             took = time.monotonic() - began
@@ -318,6 +333,8 @@ class _Run:
             except Exception as exc:
                 self.failed.append(f"{question}: {exc!r}")
                 continue
+            finally:
+                self.script.ended(number)
             self._check(number, question, stream, raw, answer, time.perf_counter() - began)
 
     async def _tasks(self, worker: _Worker) -> None:
@@ -342,6 +359,8 @@ class _Run:
             except Exception as exc:
                 self.failed.append(f"{question}: {exc!r}")
                 continue
+            finally:
+                self.script.ended(number)
             self._check(number, question, stream, raw, answer, time.perf_counter() - began)
 
     def _check(
