@@ -44,13 +44,13 @@ def test_r75_a_stream_that_is_left_costs_what_came_of_it(
 ) -> None:
     client = served(**sections(upstream))
     key = new_key(client, max_budget=100)
+    upstream.hold(after_events=4)
     with client.stream("POST", "/v1/chat/completions", json=chat(stream=True), headers=key) as answer:
-        upstream.hold(after_events=4)
         lines = answer.iter_lines()
         while '"content"' not in next(lines):
             pass
+    upstream.release()  # who serves WSGI sees that a client has left when there is something to send
     until(lambda: spend(client, key) > 0, "the spend")
-    upstream.release()
 
 
 def test_r75_the_budget_of_one_key_refuses_nobody_else(served: serving.Serve, upstream: FakeUpstream) -> None:
