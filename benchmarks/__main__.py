@@ -45,6 +45,9 @@ ROUTER_PATHS = ("router_call",)
 # The sub-app, with an upstream.
 SUB_APP_PATHS = ("sub_app",)
 
+# The semantic cache, and its index in this process.
+SEMANTIC_PATHS = ("semantic_lookup", "vector_index")
+
 # By the name of their place in the page.
 _TABLES = {
     "table": PATHS,
@@ -52,6 +55,7 @@ _TABLES = {
     "S3 table": S3_PATHS,
     "Router table": ROUTER_PATHS,
     "Sub-app table": SUB_APP_PATHS,
+    "Semantic table": SEMANTIC_PATHS,
 }
 
 

@@ -1,4 +1,5 @@
-"""The command ``llm-middleware``: ``config check FILE`` tells what a file of settings comes to."""
+"""The command ``llm-middleware``: ``config check FILE`` tells what a file of settings comes to, and
+``semantic-eval FILE`` what the semantic cache would have done with questions of yours."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 from .config.load import ConfigProblems, load_config
 from .errors import ConfigError
+from .semantic.command import add_semantic_eval
 
 __all__ = ["main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command with ``arguments`` (those of the process unless given). The exit status: 0, or 1 where
-    there are problems; argparse exits with 2 for arguments that it does not know."""
+    there are problems, or 2 where an evaluation's input is wrong; argparse exits with 2 for arguments that it
+    does not know."""
     given = _parser().parse_args(arguments)
+    status: int = given.run(given)
+    return status
+
+
+def _check(given: argparse.Namespace) -> int:
     try:
         config = load_config(given.file)
     except ConfigProblems as exc:
@@ -52,7 +60,7 @@ def _tell(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="llm-middleware", description="Looks after llm_middleware's settings."
+        prog="llm-middleware", description="Looks after llm_middleware's settings and measures them."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {_version()}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -63,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     check.add_argument("file", metavar="FILE", help="LiteLLM's config.yaml, or the short form")
     check.add_argument("--json", action="store_true", help="as JSON")
+    check.set_defaults(run=_check)
+    add_semantic_eval(commands)
     return parser
 
 

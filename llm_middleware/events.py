@@ -24,8 +24,8 @@ class Event:
     are not about an answer. ``detail``: the reason code. ``tier``: the store concerned. ``deployment``,
     ``caller``: public ids, of who answered and of the API key that asked. ``tokens``: in all, and
     ``output_tokens`` of them in the answer; ``cost``: by the deployment's prices; ``latency``: seconds. None
-    where it is not known.
-    """
+    where it is not known. ``similarity``: of the nearest stored question, where one was looked for by
+    meaning."""
 
     name: str
     kind: str
@@ -43,6 +43,7 @@ class Event:
     output_tokens: int | None = None
     cost: float | None = None
     latency: float | None = None
+    similarity: float | None = None
 
 
 class Hook(Protocol):

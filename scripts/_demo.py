@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 LATENCY_S = 0.4
 CROWD = 50
 MODEL = "gpt-4o-mini"
+SIMILAR = "semantic-hit"
 
 SERVERS = {
     "FastAPI under uvicorn": "uvicorn --log-level warning --port {port} examples.fastapi_app.main:app",
@@ -239,6 +240,39 @@ class Failover:
         check(bool(answer.content), f"{title}: there is an answer")
 
 
+class Meaning:
+    """The scenes of a semantic cache, in this process: other words, opposite words, another tenant."""
+
+    def __init__(self, upstream: FakeUpstream) -> None:
+        self.upstream = upstream
+        # Patient, as the embedder's weights are read with the first question.
+        self.cache = CacheManager("semantic", similarity_threshold=0.8, embedding_budget=30.0)
+        self.client = openai.OpenAI(base_url=upstream.url, api_key="sk-demo", max_retries=0)
+
+    def run(self) -> None:
+        before = self.upstream.count
+        first = self.show("first call", "How do I enable two-factor authentication?", "miss", "none")
+        again = self.show("other words", "How can I turn on two-factor auth?", SIMILAR, "semantic")
+        self.show("spelt otherwise", "how do I enable two-factor authentication", SIMILAR, "normalized")
+        self.show("the opposite", "How do I disable two-factor authentication?", "miss", "veto-opposite")
+        self.show("another tenant", "How can I turn on two-factor auth?", "miss", "none", tenant="globex")
+        check(first.content == again.content, "the answer to other words is the stored one")
+        check(self.upstream.count == before + 3, "the provider was called for misses only")
+        self.client.close()
+        self.cache.close()
+
+    def show(self, title: str, prompt: str, state: str, detail: str, tenant: str = "acme") -> Timed:
+        body = {"model": MODEL, "messages": says(prompt)}
+        started = time.perf_counter()
+        answer = self.cache.fetch(
+            body, lambda body: self.client.chat.completions.create(**body), scope=tenant
+        )
+        took, found = ms_since(started), answer.cache
+        line(title, found.status, took, f"{prompt}  ({found.detail}, similarity {found.similarity or 0:.2f})")
+        check((found.status, found.detail) == (state, detail), f"{title}: {state}, {detail}")
+        return Timed(found.status, {}, took, content=answer.body)
+
+
 def says(prompt: str) -> list[ChatCompletionMessageParam]:
     return [{"role": "user", "content": prompt}]
 
@@ -248,7 +282,7 @@ def ms_since(started: float) -> float:
 
 
 def line(title: str, state: str, ms: float, remark: str = "") -> None:
-    print(f"  {title:<20} {state:<5} {ms:>8.1f} ms   {remark}".rstrip(), flush=True)
+    print(f"  {title:<20} {state:<12} {ms:>8.1f} ms   {remark}".rstrip(), flush=True)
 
 
 @contextlib.contextmanager
@@ -301,6 +335,9 @@ def main() -> int:
     print("\nA provider fails:  a Router over two of them, in this process")
     with FakeUpstream(latency=LATENCY_S) as first, FakeUpstream(latency=LATENCY_S) as second:
         Failover(first, second).run()
+    print("\nA question in other words:  a semantic cache, in this process")
+    with FakeUpstream(latency=LATENCY_S) as upstream:
+        Meaning(upstream).run()
     print(f"\n{len(failures)} claims were false." if failures else "\nAll of this was checked, and holds.")
     return 1 if failures else 0
 

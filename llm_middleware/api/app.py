@@ -8,12 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Final
 
 from .._ports.protocol import Port
+from ..caching.backends import SEMANTIC
 from ..caching.manager import CacheManager
 from ..config.load import Config, load_config
-from ..errors import ConfigError, KeyPermissionError, LLMMiddlewareError
+from ..errors import ConfigError, InternalError, KeyPermissionError, LLMMiddlewareError
 from ..events import Hook
 from ..keys.resolver import KeyResolver
 from ..routing.router import Router
+from ..semantic.settings import MODELS
 from . import admin as admin_routes
 from . import documents, key_routes
 from .front import Front
@@ -63,8 +65,9 @@ class LLMApp:
             logger.info("%s", note)
         if read.ignored:
             logger.warning("settings that have no meaning here: %s", ", ".join(read.ignored))
-        self.cache = _cache(read) if cache is None else cache
         self.router = Router(read.model_list, **read.router) if router is None else router  # type: ignore[arg-type]
+        self._models = self.router if cache is not None else _models_of_cache(read, self.router)
+        self.cache = _cache(read, self._models) if cache is None else cache
         self.gate = Gate(_keys(read) if keys is None else keys, authorize, read.share)
         self.admin = admin and read.admin
         self.max_body_bytes = _MAX_BODY if read.max_body_bytes is None else read.max_body_bytes
@@ -119,7 +122,10 @@ class LLMApp:
 
     async def close(self, port: Port, face: str) -> None:
         """Give back connections and files; they are opened again when the app is used again."""
-        await self.router._close(port, *(("async", "sync") if face == "async" else ("sync",)))
+        faces = ("async", "sync") if face == "async" else ("sync",)
+        await self.router._close(port, *faces)
+        if self._models is not self.router:
+            await self._models._close(port, *faces)
         await self.cache._close(port)
         if self.gate.limits is not None:
             await self.gate.limits._close(port)
@@ -147,7 +153,7 @@ def _allow(methods: Sequence[str]) -> bytes:
 
 def _failed(head: Head) -> Response:
     logger.exception("%s %s failed", head.method, head.path)
-    return error_response(LLMMiddlewareError("internal error", code="internal_error"))
+    return error_response(InternalError())
 
 
 def _config(source: Source) -> Config:
@@ -162,13 +168,28 @@ def _functions(hooks: object) -> Sequence[Hook]:
     return hooks
 
 
-def _cache(config: Config) -> CacheManager:
+def _models_of_cache(config: Config, router: Router) -> Router:
+    """The Router that has the models which a semantic cache asks. What is in no list is a provider's name."""
+    given = config.cache or {}
+    if given.get("type") not in SEMANTIC:
+        return router
+    named = [value for name, value in given.items() if name in MODELS and isinstance(value, str)]
+    missing = [name for name in dict.fromkeys(named) if name != "local" and name not in router]
+    if not missing:
+        return router
+    added = [{"model_name": name, "litellm_params": {"model": name}} for name in missing]
+    return Router([*config.model_list, *added])
+
+
+def _cache(config: Config, router: Router) -> CacheManager:
     if config.cache is None:
         made = CacheManager()
         made.disable()
         return made
     groups = config.router.get("caching_groups")
     settings = config.cache if groups is None else {"caching_groups": groups, **config.cache}
+    if settings.get("type") in SEMANTIC:
+        settings = {"router": router, **settings}
     return CacheManager(**settings)  # type: ignore[arg-type]
 
 

@@ -166,6 +166,7 @@ _ABOUT: Final[Mapping[str, Schema]] = {
     "kind": KIND,
     "prefix": NAME,
 }
+_ANSWER: Final[Schema] = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
 _BY_KEY = _object({"keys": _list(TEXT), "dry_run": FLAG}, ("keys",), closed=True)
 _BY_ABOUT = _object({**_ABOUT, "dry_run": FLAG}, closed=True)
 _SECONDS: Final = {"stale_while_revalidate", "stale_if_error", "single_flight_wait"}
@@ -199,6 +200,9 @@ SCHEMAS: Final[Mapping[str, Schema]] = {
     ),
     "Models": _object({"object": {"const": "list"}, "data": _list(ref("Model"))}, ("object", "data")),
     "CacheDelete": {"oneOf": [_BY_KEY, {**_BY_ABOUT, "anyOf": [{"required": [name]} for name in SOUGHT]}]},
+    "CacheReport": {
+        "oneOf": [_object({name: _ANSWER}, (name,), closed=True) for name in ("key", "cache_key")]
+    },
     "CacheRemoved": _object({"status": {"const": "success"}, "count": WHOLE}, ("status", "count")),
     "CacheEntries": _object({"entries": _list(_ENTRY), "cursor": _or_null(TEXT)}, ("entries", "cursor")),
     "CacheSettings": {**_object(_SETTINGS, closed=True), "minProperties": 1},
@@ -234,6 +238,7 @@ REQUESTS: Final[Mapping[str, tuple[str, bool]]] = {
     "transcription": ("TranscriptionRequest", True),
     "responses": ("ResponsesRequest", True),
     "cache_delete": ("CacheDelete", True),
+    "cache_report": ("CacheReport", True),
     "cache_change": ("CacheSettings", True),
     "key_generate": ("KeyNew", False),
     "key_info": ("KeyOrOwn", False),
@@ -253,6 +258,7 @@ _NAMED: Final[Mapping[str, tuple[str, str]]] = {
     "cache_ping": ("An entry was written, read and deleted", "CachePing"),
     "cache_delete": ("How many entries were removed", "CacheRemoved"),
     "cache_flush": ("How many entries were removed", "CacheRemoved"),
+    "cache_report": ("How many entries were removed", "CacheRemoved"),
     "cache_entries": ("A page of entries, and the cursor of the next", "CacheEntries"),
     "key_generate": ("The key, which is shown this once", "KeyMade"),
     "key_regenerate": ("The new key, which is shown this once", "KeyMade"),

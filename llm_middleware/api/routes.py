@@ -67,6 +67,7 @@ def _cache() -> Iterator[Route]:
         ("GET", "ping", "Write, read and delete an entry"),
         ("POST", "delete", "Delete entries by key, tag, namespace or model"),
         ("POST", "flush", "Delete all entries of the cache's namespace"),
+        ("POST", "report", "Say that an answer was wrong: it is deleted, and a semantic cache learns"),
         ("GET", "stats", "Counters"),
         ("GET", "entries", "List entries"),
         ("GET", "settings", "Show the settings"),

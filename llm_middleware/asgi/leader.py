@@ -55,7 +55,7 @@ class Leader:
             self.flow.flights,
             self.plan,
             flight,
-            beside=opened.beside,
+            opened=opened,
             header=exchange.header,
             items=exchange.told,
         )
@@ -307,7 +307,7 @@ class Leader:
         if self.exchange.told is not None:
             self.exchange.told.fallback = False  # too late for it
         detail = None if self.status == 200 else "upstream-error"
-        info = self.plan.miss(detail)
+        info = self.opened.miss(self.plan, detail)
         self.flow.tell(self.plan, info)
         self._vary()
         if http.content_encoding(self.headers) or not shared:

@@ -16,10 +16,11 @@ __all__ = ["Answer", "CacheInfo", "Found"]
 class CacheInfo:
     """What the cache did, in the words of the response headers.
 
-    ``status``: ``hit``, ``stale``, ``miss``, ``collapsed``, ``partial`` or ``bypass``. ``key``: the cache key
-    (64 hex digits). ``detail``: a reason code. ``forward``: why the request went on, as RFC 9211 names it.
-    ``age`` and ``ttl``: seconds; ``ttl`` is negative for a stale answer.
-    """
+    ``status``: ``hit``, ``semantic-hit``, ``stale``, ``miss``, ``collapsed``, ``partial`` or ``bypass``.
+    ``key``: the cache key (64 hex digits). ``detail``: a reason code. ``forward``: why the request went on,
+    as RFC 9211 names it. ``age`` and ``ttl``: seconds; ``ttl`` is negative for a stale answer.
+    ``similarity``: of the nearest stored question where one was looked for by meaning, a cosine; on a hit of
+    that, ``key`` is the stored answer's."""
 
     status: str
     key: str | None = None
@@ -29,6 +30,7 @@ class CacheInfo:
     age: float | None = None
     ttl: float | None = None
     tier: str | None = None
+    similarity: float | None = None
 
 
 @dataclass(slots=True)
@@ -85,7 +87,10 @@ async def _one(body: bytes) -> AsyncIterator[bytes]:
 
 @dataclass(slots=True)
 class Found:
-    """A stored answer that fits a request. ``stale``: past its time; ``revalidate``: and to be refreshed."""
+    """A stored answer that fits a request. ``stale``: past its time; ``revalidate``: and to be refreshed.
+
+    ``like``: of an answer to another question, how that was found (``semantic``, ``normalized``); then
+    ``key`` is the answer's own cache key, and ``similarity`` that of the questions."""
 
     headers: Headers
     body: bytes
@@ -95,3 +100,15 @@ class Found:
     tier: str
     stale: str | None = None
     status: int = 200
+    like: str | None = None
+    key: str = ""
+    similarity: float = 1.0
+
+    def info(self, digest: str) -> CacheInfo:
+        """What to tell of it where it answers a request whose cache key is ``digest``."""
+        if self.like is not None:
+            info = CacheInfo("semantic-hit", self.key, self.like, similarity=self.similarity)
+        else:
+            info = CacheInfo("stale" if self.stale else "hit", digest, self.stale)
+        info.age, info.ttl, info.tier = self.age, self.ttl, self.tier
+        return info

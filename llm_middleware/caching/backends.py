@@ -14,18 +14,20 @@ from .reporter import Reporter
 from .settings import CacheSettings
 from .tiers import Tiers
 
-__all__ = ["NETWORK", "check_arguments", "make_tiers"]
+__all__ = ["NETWORK", "SEMANTIC", "TYPES", "check_arguments", "make_tiers"]
 
-_TYPES = ("local", "disk", "redis", "s3", "custom")
-NETWORK = ("redis", "s3")
+NETWORK = ("redis", "s3", "qdrant")  # the last one behind a semantic cache only
+SEMANTIC = ("semantic", "redis-semantic", "qdrant-semantic")
+TYPES = ("local", "disk", "redis", "s3", "custom", *SEMANTIC)
 
 
 def check_arguments(
     kind: object, store: object, hooks: object, clock: object, get_cache: object, add_cache: object
 ) -> None:
     """`ConfigError` for an argument of `CacheManager` that is no setting and cannot be what it is."""
-    if not isinstance(kind, str):
-        raise ConfigError(f"type: expected one of {list(_TYPES)}, got {kind!r}", param="type")
+    if not isinstance(kind, str) or kind not in TYPES:
+        hint = did_you_mean(kind, TYPES) if isinstance(kind, str) else ""
+        raise ConfigError(f"type: expected one of {list(TYPES)}, got {kind!r}{hint}", param="type")
     for name, value in {"clock": clock, "get_cache": get_cache, "add_cache": add_cache}.items():
         if not callable(value) and (name == "clock" or value is not None):
             raise ConfigError(f"{name}: expected a function, got {value!r}", param=name)
@@ -48,14 +50,11 @@ def make_tiers(
     ``store``: the host's own, for ``custom``. ``connection``: the settings of a store on the network.
     """
     kind = settings.type
-    if kind not in _TYPES:
-        hint = did_you_mean(kind, _TYPES)
-        raise ConfigError(f"type: expected one of {list(_TYPES)}, got {kind!r}{hint}", param="type")
-    if (store is not None) != (kind == "custom"):
+    if (store is not None) != (kind in ("custom", "qdrant")):
         raise ConfigError("store: goes with type='custom' (or no type) only", param="store")
     memory: MemoryStore[Entry] | None = None
     network = kind in NETWORK
-    if network:
+    if network and store is None:
         store = _network_store(settings, clock, connection)
     if kind == "local" or (network and settings.memory_tier):
         memory = MemoryStore(max_bytes=settings.max_bytes, size_of=entry_size, clock=clock)
@@ -78,7 +77,7 @@ def make_tiers(
         breaker=Breaker(),
         # The disk store waits for locks, and S3 for answers, with timeouts of their own: what comes before, a
         # busy machine's turn or the making of a client, must not cost entries.
-        budget=None if kind in ("disk", "s3") else settings.store_timeout,
+        budget=None if kind in ("disk", "s3", "qdrant") else settings.store_timeout,
         memory_ttl=settings.default_in_memory_ttl,
         recents=kind == "redis" and settings.batch_redis_requests and settings.memory_tier,
     )

@@ -11,7 +11,6 @@ from ..errors import NOT_CACHED, CacheMissError, SuspendedInSyncError
 from ..types import Headers
 from .answer import Answer, CacheInfo, Found
 from .batch import reduced
-from .entry import Entry
 from .fastlane import is_failure
 from .flight import ABANDONED, DONE, FAILED, Flight, FlightReader, Head, lead, lead_ends
 from .flow import Flow
@@ -33,14 +32,7 @@ _OPAQUE_HEADERS: Headers = ((b"content-type", b"application/octet-stream"),)
 
 def answer_found(plan: Plan, found: Found) -> Answer:
     """A stored answer as an `Answer`."""
-    info = CacheInfo(
-        "stale" if found.stale else "hit",
-        plan.digest,
-        found.stale,
-        age=found.age,
-        ttl=found.ttl,
-        tier=found.tier,
-    )
+    info = found.info(plan.digest)
     if found.chunks is None:
         return Answer(info, found.status, found.headers, found.body)
     chunks = found.chunks
@@ -61,7 +53,7 @@ class Fetch:
         self.plan = plan
         self.call = call
         self.body = body
-        self.beside: Entry | None = None
+        self.opened = Opened()
 
     async def run(self) -> Answer:
         if self.plan.bypass is not None:
@@ -106,7 +98,7 @@ class Fetch:
     # --- leading
 
     async def _lead(self, flight: Flight, opened: Opened) -> Answer:
-        self.beside, fallback = opened.beside, opened.fallback
+        self.opened, fallback = opened, opened.fallback
         token = lead(flight)
         try:
             batch = opened.batch
@@ -143,7 +135,7 @@ class Fetch:
         headers = self._stream_headers
         flight.begin(Head(200, headers, streamed=True))
         landing = Landing(
-            self.flow.keeper, self.flow.flights, self.plan, flight, beside=self.beside, items=items
+            self.flow.keeper, self.flow.flights, self.plan, flight, opened=self.opened, items=items
         )
         flight.enter()
         if isinstance(items, AsyncIterator):
@@ -152,7 +144,7 @@ class Fetch:
                 flight.cancel_with(cancel)
         else:
             self._pump(flight, landing, items).begin(finish=finish)
-        info = self.plan.miss()
+        info = self.opened.miss(self.plan)
         reader = FlightReader(flight, self.port, ends_all=policy == "cancel")
         return Answer(info, 200, headers, b"", lambda: reader)
 

@@ -7,9 +7,12 @@ goes on.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from .._ports.protocol import Port
 from ..errors import NOT_CACHED, CacheMissError
 from ..types import Clock
+from .answer import Found
 from .fastlane import no_header
 from .flight import ABANDONED, Flight, FlightTable
 from .keeper import Keeper
@@ -20,18 +23,31 @@ from .reporter import Reporter
 from .settings import CacheSettings
 from .tiers import Tiers
 
+if TYPE_CHECKING:
+    from ..semantic.tier import SemanticTier
+
 __all__ = ["Flow"]
 
 
 class Flow:
-    """The machinery of one cache: its store, flights, clock, hooks and counters."""
+    """The machinery of one cache: its store, flights, clock, hooks and counters. ``semantic``: where
+    questions of like meaning are looked for, if they are."""
 
-    def __init__(self, settings: CacheSettings, tiers: Tiers, *, clock: Clock, reporter: Reporter) -> None:
+    def __init__(
+        self,
+        settings: CacheSettings,
+        tiers: Tiers,
+        *,
+        clock: Clock,
+        reporter: Reporter,
+        semantic: SemanticTier | None = None,
+    ) -> None:
         self.settings = settings
         self.tiers = tiers
         self.reporter = reporter
         self.lookup = Lookup(tiers, clock)
-        self.keeper = Keeper(settings, tiers, clock, reporter)
+        self.semantic = semantic
+        self.keeper = Keeper(settings, tiers, clock, reporter, semantic)
         self.flights = FlightTable()
         self.now = self.lookup.now
         self.tell = self.reporter.tell
@@ -40,6 +56,8 @@ class Flow:
     def update(self, settings: CacheSettings) -> None:
         """Requests that begin from now on see these settings."""
         self.settings = self.keeper.settings = settings
+        if self.semantic is not None:
+            self.semantic.update(settings.secret)
 
     async def open(self, port: Port, plan: Plan, header: Header = no_header) -> Opened:
         """Find a stored answer, or a flight to join or to lead."""
@@ -48,9 +66,14 @@ class Flow:
         if opened.found is not None:
             return opened
         if plan.controls.only_if_cached:
-            raise CacheMissError(NOT_CACHED)
+            await self._seek(port, plan, header, opened)
+            if opened.found is None:
+                raise CacheMissError(NOT_CACHED)
+            return opened
         if not (plan.lookup and plan.store):
-            opened.flight, opened.leads = self.flights.solo(plan.key), True
+            await self._seek(port, plan, header, opened)
+            if opened.found is None:
+                opened.flight, opened.leads = self.flights.solo(plan.key), True
             return opened
         flight, leads = self.flights.join(self._flight_key(plan))
         if leads and flight.joinable:
@@ -65,6 +88,13 @@ class Flow:
         opened.flight, opened.leads = flight, leads
         return opened
 
+    async def find(self, port: Port, plan: Plan) -> Found | None:
+        """A stored answer, to this question or to one of the same meaning, or None."""
+        found = await self.lookup.find(port, plan)
+        opened = Opened(found)
+        await self._seek(port, plan, no_header, opened)
+        return opened.found
+
     async def _lead(
         self, port: Port, plan: Plan, header: Header, opened: Opened, flight: Flight, landed: int
     ) -> Opened:
@@ -72,6 +102,7 @@ class Flow:
         if self.flights.landed != landed:
             # A flight ended between our look and our lead: what it stored may answer.
             opened = await self.lookup.look(port, plan, header)
+        await self._seek(port, plan, header, opened)
         peers = self.tiers.peers
         if (
             opened.found is not None
@@ -82,6 +113,14 @@ class Flow:
         ):
             return opened
         return await self._claim(port, plan, header, opened, flight, peers)
+
+    async def _seek(self, port: Port, plan: Plan, header: Header, opened: Opened) -> None:
+        """Where there is no answer to this question, look for one to another of the same meaning."""
+        if self.semantic is None or opened.found is not None or opened.beside is not None:
+            return
+        if plan.lookup and plan.form is not None:
+            opened.sought = await self.semantic.find(port, plan, header)
+            opened.found = opened.sought.found
 
     async def _claim(
         self, port: Port, plan: Plan, header: Header, opened: Opened, flight: Flight, peers: Peers
@@ -112,6 +151,7 @@ class Flow:
             return current.found is not None or claimed is not None
 
         await peers.wait(port, plan.key, lease, attempt, self.settings.single_flight_wait)
+        current.sought = opened.sought
         return current
 
     def _abandon(self, flight: Flight) -> None:

@@ -125,6 +125,11 @@ def info_headers(info: CacheInfo, profile: str = "standard") -> Pairs:
         pairs.append((b"age", str(max(0, int(info.age))).encode()))
     if info.tier:
         pairs.append((b"x-llm-cache-tier", info.tier.encode()))
+    if info.similarity is not None:
+        similarity = b"%.4f" % info.similarity
+        pairs.append((b"x-llm-cache-similarity", similarity))
+        if profile == "litellm":
+            pairs.append((b"x-litellm-semantic-similarity", similarity))
     return pairs
 
 
@@ -139,6 +144,8 @@ def add_info(headers: Iterable[tuple[bytes, bytes]], info: CacheInfo, profile: s
 
 def found_headers(found: Found, key: str, profile: str = "standard") -> Pairs:
     """What `add_info` gives for a stored answer, in one go: every hit comes through here."""
+    if found.like is not None:
+        return add_info(found.headers, found.info(""), profile)
     status = b"llm-middleware; hit; ttl=%d" % floor(found.ttl) if found.ttl < inf else b"llm-middleware; hit"
     if found.stale:
         status += b"; detail=" + found.stale.encode()

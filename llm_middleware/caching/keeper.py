@@ -6,6 +6,7 @@ import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from .._ports.protocol import Port
 from ..errors import UpstreamAnswerError
@@ -23,6 +24,9 @@ from .reporter import Reporter
 from .settings import CacheSettings
 from .tiers import Tiers
 
+if TYPE_CHECKING:
+    from ..semantic.tier import SemanticTier
+
 __all__ = ["Keeper", "Recorded"]
 
 logger = logging.getLogger("llm_middleware")
@@ -39,7 +43,17 @@ class Recorded:
 
 
 class Keeper:
-    def __init__(self, settings: CacheSettings, tiers: Tiers, clock: Clock, reporter: Reporter) -> None:
+    """``semantic``: what is told of answers that were kept, so that questions of like meaning find them."""
+
+    def __init__(
+        self,
+        settings: CacheSettings,
+        tiers: Tiers,
+        clock: Clock,
+        reporter: Reporter,
+        semantic: SemanticTier | None = None,
+    ) -> None:
+        self.semantic = semantic
         self.settings = settings
         self.tiers = tiers
         self.clock = clock
@@ -110,7 +124,7 @@ class Keeper:
         """Settle a plain answer; what to tell of it, and the answer as it goes to everybody who waits."""
         answer = _decoded(answer, self.settings.max_entry_bytes)
         if opened.batch is None:
-            return await self.settle(port, plan, answer, beside=opened.beside, header=header), answer
+            return await self.settle(port, plan, answer, opened, header=header), answer
         return await self._complete_batch(port, plan, answer, opened.batch, header)
 
     async def _complete_batch(
@@ -151,20 +165,24 @@ class Keeper:
         port: Port,
         plan: Plan,
         answer: Recorded,
+        opened: Opened,
         *,
-        beside: Entry | None = None,
         header: Header = no_header,
         reasons: set[str] | None = None,
     ) -> CacheInfo:
         """Admit and store a finished answer; what to tell the caller of it. ``reasons``: what its body was
         judged to be, where that was done before."""
-        info = plan.miss()
-        info.detail = await self.refusal(port, plan, answer, header, reasons)
+        info = opened.miss(plan)
+        sought, info.detail = info.detail, await self.refusal(port, plan, answer, header, reasons)
         if info.detail is None:
-            info.stored = await self.keep(port, plan, answer, beside=beside, header=header)
+            info.stored = await self.keep(port, plan, answer, beside=opened.beside, header=header)
             if not info.stored:
                 info.detail = "backend-down"
         self.tell_stored(plan, info)
+        info.detail = info.detail or sought
+        if info.stored and self.semantic is not None and plan.form is not None:
+            _, kept_for = self._lifetime(plan, self.clock())
+            await self.semantic.stored(port, plan, answer, opened.sought, kept_for)
         return info
 
     async def keep(

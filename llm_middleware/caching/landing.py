@@ -12,12 +12,11 @@ from .._ports.protocol import Port
 from . import admission
 from .answer import CacheInfo
 from .endpoints import ENDPOINTS
-from .entry import Entry
 from .fastlane import no_header
 from .flight import Flight, FlightTable
 from .headers import content_type
 from .keeper import Keeper, Recorded
-from .lookup import Header
+from .lookup import Header, Opened
 from .plan import Plan
 from .sse import event_ends
 
@@ -35,7 +34,7 @@ class Landing:
         plan: Plan,
         flight: Flight,
         *,
-        beside: Entry | None = None,
+        opened: Opened,
         header: Header = no_header,
         items: object = None,
     ) -> None:
@@ -43,7 +42,7 @@ class Landing:
         self._flights = flights
         self._plan = plan
         self._flight = flight
-        self._beside = beside
+        self._opened = opened
         self._header = header
         self._items = items
         terminal = ENDPOINTS[plan.kind].terminal
@@ -104,9 +103,9 @@ class Landing:
         record = Recorded(head.status, head.headers, body, ends)
         self._size = len(body)
         if getattr(self._items, "no_store", False):
-            self._info = self._plan.miss("no-store")
+            self._info = self._opened.miss(self._plan, "no-store")
             self._keeper.tell_stored(self._plan, self._info)
             return
         self._info = await self._keeper.settle(
-            port, self._plan, record, beside=self._beside, header=self._header, reasons=reasons
+            port, self._plan, record, self._opened, header=self._header, reasons=reasons
         )

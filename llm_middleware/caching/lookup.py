@@ -5,16 +5,20 @@ from __future__ import annotations
 import gzip
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .._ports.protocol import Port
 from ..types import Clock
-from .answer import Found
+from .answer import CacheInfo, Found
 from .batch import Batch, joined, reduced
 from .entry import Entry
 from .fastlane import no_header, select, usable_on_error
 from .flight import Flight
 from .plan import Plan
 from .tiers import Tiers
+
+if TYPE_CHECKING:
+    from ..semantic.tier import Sought
 
 __all__ = ["Header", "Lookup", "Opened"]
 
@@ -34,6 +38,7 @@ class Opened:
 
     ``beside``: an entry that lives but lacks the form asked for; the new answer joins it.
     ``fallback``: an answer to give if the call fails. ``batch``: of a list of embeddings, what is stored.
+    ``sought``: what looking for a question of like meaning came to.
     """
 
     found: Found | None = None
@@ -42,6 +47,16 @@ class Opened:
     beside: Entry | None = None
     fallback: Found | None = None
     batch: Batch | None = None
+    sought: Sought | None = None
+
+    def miss(self, plan: Plan, detail: str | None = None) -> CacheInfo:
+        """What to tell of a request that goes on."""
+        sought = self.sought
+        if sought is None:
+            return plan.miss(detail)
+        info = plan.miss(detail or sought.detail)
+        info.similarity = sought.similarity
+        return info
 
     def forwarded(self, body: bytes) -> bytes | None:
         """The body for the handler where some of a list's embeddings are stored, else None."""

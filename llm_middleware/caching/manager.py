@@ -17,7 +17,7 @@ from ..events import Hook
 from ..stores.functions import Functions, FunctionStore
 from ..types import Clock
 from .answer import Answer, CacheInfo
-from .backends import NETWORK, check_arguments, make_tiers
+from .backends import NETWORK, SEMANTIC, check_arguments, make_tiers
 from .controls import parse_body
 from .endpoints import kind_of
 from .environ import resolved
@@ -25,6 +25,7 @@ from .fetch import Call, Fetch, answer_found
 from .flow import Flow
 from .headers import EVENT_STREAM
 from .keeper import Recorded
+from .lookup import Opened
 from .operations import Operations
 from .plan import Asked, Body, Plan
 from .planner import Planner
@@ -60,9 +61,11 @@ class CacheManager(Operations):
 
     ``type``: ``"local"`` (this process's memory, the default), ``"disk"`` (``disk_cache_dir``, shared by the
     processes of this machine), ``"redis"`` or ``"s3"`` (with the settings of their connections; memory in
-    front) or ``"custom"`` with ``store=`` (a `Store` of your own). All other settings are those of
-    `CacheSettings`; `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an `Event`
-    for everything that happens; ``clock`` gives seconds since the epoch.
+    front) or ``"custom"`` with ``store=`` (a `Store` of your own). ``"semantic"`` (in this process),
+    ``"redis-semantic"`` and ``"qdrant-semantic"`` also answer questions that were asked before in other
+    words, by the settings of `SemanticSettings`. All other settings are those of `CacheSettings`;
+    `ConfigError` names one that is unknown or wrong. ``hooks`` are called with an `Event` for everything that
+    happens; ``clock`` gives seconds since the epoch.
 
     One manager serves threads and event loops at once. Making one opens nothing.
     """
@@ -80,18 +83,29 @@ class CacheManager(Operations):
     ) -> None:
         type = resolved(type, param="type")  # noqa: A001
         check_arguments(type, store, hooks, clock, get_cache, add_cache)
+        own: tuple[str, ...] = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
+        self.type, self._clock, by_meaning = type, clock, None
+        if type in SEMANTIC:
+            from ..semantic import build  # on first use: it brings numpy
+            from ..semantic.settings import NAMES, read_settings
+
+            by_meaning, settings = read_settings(resolved(settings, param=""))
+            type, own = build.body_type(type, settings), (*own, *NAMES)  # noqa: A001
         if store is not None or get_cache is not None or add_cache is not None:
             type = "custom" if type == "local" else type  # noqa: A001
-        own = ("type", "store", "hooks", "clock", "get_cache", "add_cache")
-        self._clock = clock
         self.settings, connection = parse_settings(type, settings, known=own)
         self._functions = Functions(get_cache, add_cache)
         if store is None and self._functions.given:
             store = FunctionStore(self._functions)
-        reporter = Reporter(hooks)
+        if type == "qdrant" and by_meaning is not None:
+            store = build.make_qdrant_store(by_meaning, self.settings, clock)
+        reporter, semantic = Reporter(hooks), None
         tiers = make_tiers(self.settings, store, clock, reporter, connection)
-        self._flow = Flow(self.settings, tiers, clock=clock, reporter=reporter)
-        self.planner = Planner(self.settings, reporter)
+        if by_meaning is not None:
+            semantic = build.make_tier(self.type, by_meaning, self.settings, connection, tiers, clock)
+            tiers.semantic = semantic
+        self._flow = Flow(self.settings, tiers, clock=clock, reporter=reporter, semantic=semantic)
+        self.planner = Planner(self.settings, reporter, keep_form=semantic is not None)
         self._lock = threading.Lock()
 
     @property
@@ -260,7 +274,7 @@ class CacheManager(Operations):
         plan = await self._direct(port, kind, body, scope, controls, True)
         if plan.bypass is not None or not plan.lookup:
             return None
-        found = await self._flow.lookup.find(port, plan)
+        found = await self._flow.find(port, plan)
         answer = None if found is None else answer_found(plan, found)
         self._flow.tell(plan, CacheInfo("miss", plan.digest) if answer is None else answer.cache)
         return answer
@@ -306,7 +320,7 @@ class CacheManager(Operations):
         if plan.stream and plan.kind != "json":
             headers = ((b"content-type", EVENT_STREAM),)
             record = Recorded(200, headers, record.body, event_ends(record.body))
-        info = await self._flow.keeper.settle(port, plan, record)
+        info = await self._flow.keeper.settle(port, plan, record, Opened())
         return info.key if info.stored else None
 
     def cached(self, function: Callable[..., T] | None = None, **options: object) -> object:

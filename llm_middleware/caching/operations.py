@@ -116,6 +116,24 @@ class Operations:
             content=content,
         )
 
+    def report(self, key: str) -> bool:
+        """Somebody found the answer under this cache key wrong: it is removed, and where it is a semantic
+        cache that keeps to a bound, the bar rises. Whether there was one."""
+        return run_sync(self._report(SYNC, key))
+
+    async def areport(self, key: str) -> bool:
+        """`report` for async callers."""
+        return await self._report(async_port(), key)
+
+    async def _report(self, port: Port, key: str) -> bool:
+        flow = self._flow
+        full = key if ":" in key else f"{self.settings.namespace}:{key}"
+        if flow.semantic is not None:
+            entry = await flow.tiers.read(port, full)
+            about = (None, None) if entry is None else (entry.kind, entry.model)
+            await flow.semantic.report(port, full, *about)
+        return await flow.tiers.delete(port, [full]) > 0
+
     def flush(self) -> int:
         """Remove everything in this manager's namespace, and nothing else; how many entries there were."""
         return run_sync(self._flush(SYNC))
@@ -129,11 +147,16 @@ class Operations:
 
     def purge_expired(self) -> int:
         """Remove what is over from a store that keeps it until it is removed (memory, disk, S3); how many."""
-        return run_sync(self._flow.tiers.purge_expired(SYNC))
+        return run_sync(self._purge_expired(SYNC))
 
     async def apurge_expired(self) -> int:
         """`purge_expired` for async callers."""
-        return await self._flow.tiers.purge_expired(async_port())
+        return await self._purge_expired(async_port())
+
+    async def _purge_expired(self, port: Port) -> int:
+        if self._flow.semantic is not None:
+            await self._flow.semantic.purge(port)
+        return await self._flow.tiers.purge_expired(port)
 
     def ping(self) -> dict[str, object]:
         """Write, read and delete a probe on the real store: ``{"status", "tier", "latency_ms"}``, and what
@@ -148,10 +171,13 @@ class Operations:
         return await ping(port, self._flow, self.settings.namespace)
 
     def stats(self) -> dict[str, object]:
-        """Counters since the start, by event name, and the sizes of the memory store."""
+        """Counters since the start, by event name, the sizes of the memory store, and, of a semantic cache,
+        ``semantic``: what look-ups by meaning came to, see `SemanticTier.stats`."""
         memory = self._flow.tiers.memory
         sizes = {} if memory is None else {"entries": len(memory), "bytes": memory.bytes}
-        return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes}
+        semantic = self._flow.semantic
+        by_meaning = {} if semantic is None else {"semantic": semantic.stats()}
+        return {**self._flow.reporter.counts, "flights": len(self._flow.flights), **sizes, **by_meaning}
 
     def close(self) -> None:
         """Release what the store holds; the manager opens it again when it is used again."""

@@ -77,7 +77,8 @@ class Plan:
     ``simple``: any entry that is fresh will do. ``stream``, ``usage``: which form the caller wants.
     ``forward``: the body for the handler where it differs from the one sent. ``items``: for a list of
     embedding ``inputs``, the store key of each. ``scope``: whose answer it is. ``asked``: the controls that
-    the request itself sets, by their names in `Controls`.
+    the request itself sets, by their names in `Controls`. ``route``: which endpoint of the host's. ``form``:
+    the value that is keyed, where answers are looked for by meaning too.
     """
 
     kind: str
@@ -96,6 +97,8 @@ class Plan:
     inputs: tuple[object, ...] = ()
     scope: str = ""
     asked: tuple[str, ...] = ()
+    route: str = ""
+    form: object = None
 
     @property
     def digest(self) -> str:
@@ -226,12 +229,17 @@ def _bypass(settings: CacheSettings, kind: str, controls: Controls) -> str | Non
 
 
 def make_plan(
-    settings: CacheSettings, request: Request, asked: Asked, *, custom_key: str | None = None
+    settings: CacheSettings,
+    request: Request,
+    asked: Asked,
+    *,
+    custom_key: str | None = None,
+    keep_form: bool = False,
 ) -> Plan:
     """Lay the sources of controls over each other and derive the key.
 
     ``custom_key``: what the host's own key function returned; it takes the place of the canonical form,
-    inside the same scope and namespace.
+    inside the same scope and namespace. ``keep_form``: whether the plan has the form.
     """
     said: tuple[str, ...] = ()
     if asked.enforced or request.controls or asked.cache_control:
@@ -275,6 +283,8 @@ def make_plan(
         inputs=inputs,
         scope=asked.scope,
         asked=said,
+        route=asked.route,
+        form=request.form if keep_form and bypass is None and custom_key is None else None,
     )
 
 

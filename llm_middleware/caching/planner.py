@@ -16,15 +16,18 @@ __all__ = ["Planner"]
 
 # Bodies longer than this are parsed each time: the memo is for the many small repeats.
 _MEMO_BODY = 256 << 10
+_FORM = 6  # times the size of its text, which a parsed body takes
 
 
 class Planner:
-    """``key``: the host's own key function ``key(kind, form)``, sync or async; it may be replaced."""
+    """``key``: the host's own key function ``key(kind, form)``, sync or async; it may be replaced.
+    ``keep_form``: whether plans have the form that is keyed."""
 
-    def __init__(self, settings: CacheSettings, reporter: Reporter) -> None:
+    def __init__(self, settings: CacheSettings, reporter: Reporter, *, keep_form: bool = False) -> None:
         self.settings = settings
         self.key = settings.key
         self._reporter = reporter
+        self._keep_form = keep_form
         self._memo: Memo[tuple[str, str, str, str, bytes], Plan] = Memo(4096, 16 << 20)
 
     def update(self, settings: CacheSettings) -> None:
@@ -36,7 +39,8 @@ class Planner:
 
     def plan(self, asked: Asked) -> Plan:
         """What the cache will do for a request; `InvalidRequestError` where its controls are wrong."""
-        return make_plan(self.settings, read_request(self.settings, asked), asked)
+        request = read_request(self.settings, asked)
+        return make_plan(self.settings, request, asked, keep_form=self._keep_form)
 
     def quick(self, kind: str, route: str, body: bytes, scope: str, cache_control: str) -> Plan:
         """`plan` for a JSON body that may have come before, byte for byte."""
@@ -46,7 +50,7 @@ class Planner:
         if plan is None:
             plan = self.plan(Asked(kind, body, scope=scope, route=route, cache_control=cache_control))
             if len(body) <= _MEMO_BODY:
-                memo.put(at, plan, len(body))
+                memo.put(at, plan, len(body) if plan.form is None else _FORM * len(body))
         return plan
 
     async def planned(self, port: Port, asked: Asked) -> Plan:
@@ -58,7 +62,7 @@ class Planner:
         custom = None
         if function is not None and request.problem is None:
             request, custom = await self._custom_key(port, function, request)
-        return make_plan(settings, request, asked, custom_key=custom)
+        return make_plan(settings, request, asked, custom_key=custom, keep_form=self._keep_form)
 
     async def _custom_key(
         self, port: Port, function: Callable[..., object], request: Request

@@ -35,8 +35,7 @@ class Reporter:
         if not self.hooks:
             self._count("hit")
             return
-        stale, tier, age = found.stale, found.tier, found.age
-        self.emit(Event("hit", plan.kind, plan.digest, True, plan.stream, plan.model, stale, tier, age))
+        self.tell(plan, found.info(plan.digest))
 
     def emit(self, event: Event) -> None:
         self._count(event.name)
@@ -68,13 +67,24 @@ class Reporter:
 
     def tell(self, plan: Plan, info: CacheInfo) -> None:
         """One event about an answer given."""
-        hit = info.status == "hit" or info.status == "stale"
+        hit = info.status in ("hit", "stale", "semantic-hit")
         name = "hit" if hit else info.status
         if not self.hooks:
             self._count(name)
             return
         self.emit(
-            Event(name, plan.kind, info.key, hit, plan.stream, plan.model, info.detail, info.tier, info.age)
+            Event(
+                name,
+                plan.kind,
+                info.key,
+                hit,
+                plan.stream,
+                plan.model,
+                info.detail,
+                info.tier,
+                info.age,
+                similarity=info.similarity,
+            )
         )
 
     def store_failed(self, kind: str, key: str, error: BaseException, operation: str = "") -> None:

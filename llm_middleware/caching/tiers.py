@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._ports.protocol import Port
 from ..errors import CorruptEntryError, StoreError
@@ -27,6 +27,9 @@ from .peers import Claimed, Peers
 from .plan import Plan
 from .reporter import Reporter
 
+if TYPE_CHECKING:
+    from ..semantic.tier import SemanticTier
+
 __all__ = ["Tiers"]
 
 # While the store fails it is only read, until it answers again or so many seconds have passed: so a request
@@ -40,7 +43,8 @@ _CALLERS = 10_000
 
 class Tiers:
     """``memory``: the nearest tier, if any. ``store``: the store behind it, if any (`Store`, `AsyncStore`).
-    ``budget``: seconds that one operation there may take."""
+    ``budget``: seconds that one operation there may take. ``semantic``: what knows entries by their
+    questions' meaning, and is told of those that are removed."""
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Tiers:
         self._budget = budget
         self._memory_ttl = memory_ttl
         self.recents = recents
+        self.semantic: SemanticTier | None = None
         self._shunned_until = 0.0
         self._brought: dict[str, float] = {}
 
@@ -302,6 +307,11 @@ class Tiers:
         return self._at_rest.peek(sealed)
 
     async def delete(self, port: Port, keys: Sequence[str]) -> int:
+        if self.semantic is not None:
+            await self.semantic.removed(port, keys)
+        return await self._delete(port, keys)
+
+    async def _delete(self, port: Port, keys: Sequence[str]) -> int:
         if self.store is None:
             assert self.memory is not None
             return self.memory.delete(keys)
@@ -334,6 +344,11 @@ class Tiers:
         return _count(await port.store(self.store, "purge_expired")) if able else 0
 
     async def flush(self, port: Port, namespace: str) -> int:
+        if self.semantic is not None:
+            await self.semantic.flushed(port, namespace)
+        return await self._flush(port, namespace)
+
+    async def _flush(self, port: Port, namespace: str) -> int:
         if self.store is None:
             assert self.memory is not None
             return self.memory.flush(namespace)
@@ -348,6 +363,8 @@ class Tiers:
     async def close(self, port: Port) -> None:
         if self.peers is not None:
             self.peers.close()
+        if self.semantic is not None:
+            await self.semantic.close(port)
         if self.store is not None:
             await port.store(self.store, "close")
 

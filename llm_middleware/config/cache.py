@@ -8,20 +8,22 @@ from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import Final
 
+from ..caching.backends import SEMANTIC
 from ..caching.settings import SETTINGS
 from ..errors import did_you_mean
+from ..semantic.settings import LITELLM_NAMES, NAMES
 from ..stores.redis_settings import COMMON_NAMES
 from ..stores.s3_settings import S3Settings
 from .known import OTHER_CACHES
 from .parts import Parts
 from .values import Section, Values
 
-__all__ = ["NAMESPACE", "TYPES", "read_cache", "redis_connection"]
+__all__ = ["IN_REDIS", "NAMESPACE", "TYPES", "read_cache", "redis_connection"]
 
-TYPES: Final = ("local", "disk", "redis", "s3")
+TYPES: Final = ("local", "disk", "redis", "s3", *SEMANTIC)
 _ALIASES: Final = {"memory": "local"}
-_BY_SIMILARITY: Final = ("redis-semantic", "qdrant-semantic", "valkey-semantic")
-_ELSEWHERE: Final = ("gcs", "azure-blob")
+_ELSEWHERE: Final = ("gcs", "azure-blob", "valkey-semantic")
+IN_REDIS: Final = ("redis", "redis-semantic")
 NAMESPACE: Final = "llm"
 _STORE: Final = {"type", "store", "hooks", "clock", "get_cache", "add_cache"}
 # An address names a whole server: with one of them none of the others counts. In the order of precedence.
@@ -42,7 +44,16 @@ _REDIS: Final = COMMON_NAMES | {
     "redis_flush_interval",
     "redis_flush_size",
 }
-_USED_BY: Final[Mapping[str, Collection[str]]] = {"redis": _REDIS, "s3": _S3, "disk": {"disk_cache_dir"}}
+_MEANING: Final = frozenset([*NAMES, *LITELLM_NAMES])
+_DISK: Final = frozenset(["disk_cache_dir"])
+_USED_BY: Final[Mapping[str, Collection[str]]] = {
+    "redis": _REDIS,
+    "s3": _S3,
+    "disk": _DISK,
+    "semantic": _MEANING | _DISK,
+    "redis-semantic": _MEANING | _REDIS,
+    "qdrant-semantic": _MEANING | _REDIS,
+}
 
 
 def read_cache(
@@ -58,7 +69,7 @@ def read_cache(
     }
     kind = given["type"]
     _let_go(given, section)
-    if kind == "redis":
+    if kind in IN_REDIS:
         _add_environment(given, section.values, parts)
     types = given.get("supported_call_types")
     if isinstance(types, list) and not types:
@@ -70,9 +81,9 @@ def read_cache(
 
 def redis_connection(given: Mapping[str, object]) -> dict[str, object] | None:
     """How the Redis of a cache is reached, for others who may share it; None where it is in no Redis."""
-    if given.get("type") != "redis":
+    if given.get("type") not in IN_REDIS:
         return None
-    own = (*SETTINGS, *_STORE)
+    own = (*SETTINGS, *_STORE, *_MEANING)
     named = {name: value for name, value in given.items() if name not in own and value is not None}
     return {**named, "namespace": given.get("namespace") or NAMESPACE}
 
@@ -90,8 +101,6 @@ def _type(given: Mapping[str, object], section: Section, environ: Mapping[str, s
 
 def _refusal(kind: object) -> str:
     known = ", ".join(TYPES)
-    if kind in _BY_SIMILARITY:
-        return f"{kind}: answers to similar requests are not kept yet; expected one of {known}"
     if kind in _ELSEWHERE:
         return f"{kind}: there is no such store here; expected one of {known}"
     shown = (
@@ -114,10 +123,10 @@ def _let_go(given: dict[str, object], section: Section) -> None:
     """What only another type would use: told, and not handed on."""
     kind = str(given["type"])
     idle = [name for name in given if name in OTHER_CACHES]
-    for other, names in _USED_BY.items():
-        if kind != other and kind in TYPES:
-            idle += [name for name in given if name in names and name not in _USED_BY.get(kind, ())]
-    for name in idle:
+    known = {name for names in _USED_BY.values() for name in names}
+    if kind in TYPES:
+        idle += [name for name in given if name in known and name not in _USED_BY.get(kind, ())]
+    for name in dict.fromkeys(idle):
         if given.pop(name) is not None:
             section.report.note(f"{section.at(name)}: a cache of type {kind} does not use it")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Final
 
+from ..caching.backends import SEMANTIC
 from ..caching.manager import CacheManager
 from ..caching.settings import SETTINGS
 from ..errors import ConfigError, did_you_mean
@@ -20,6 +21,7 @@ from ..routing.connect import http_settings
 from ..routing.deployment import Deployment
 from ..routing.model_list import Groups, read_model_list
 from ..routing.settings import make_settings
+from ..semantic.settings import MODELS
 from ..stores.redis_settings import read_settings
 from .parts import Parts
 from .problems import Report, head, placed
@@ -253,7 +255,14 @@ def _check_cache(parts: Parts, report: Report) -> None:
 
 
 def _make_cache(settings: dict[str, object]) -> CacheManager:
+    if settings.get("type") in SEMANTIC:
+        # Models are the Router's affair, which is not made here.
+        settings = {name: _unnamed(value) if name in MODELS else value for name, value in settings.items()}
     return CacheManager(**settings)  # type: ignore[arg-type]  # checked there
+
+
+def _unnamed(value: object) -> object:
+    return (lambda each: each) if isinstance(value, str) and value not in ("", "local") else value
 
 
 def _check_keys(parts: Parts, report: Report) -> None:

@@ -130,10 +130,7 @@ GENERAL: Final = _names(
 OTHER_CACHES: Final = _names(
     """
     azure_account_url azure_blob_container disable_copilot_system_to_assistant gcs_bucket_name gcs_path
-    gcs_path_service_account qdrant_api_base qdrant_api_key qdrant_collection_name
-    qdrant_quantization_config qdrant_semantic_cache_embedding_model qdrant_semantic_cache_vector_size
-    redis_semantic_cache_embedding_model redis_semantic_cache_index_name
-    semantic_cache_embedding_max_input_tokens semantic_cache_embedding_timeout semantic_cache_scope
-    similarity_threshold valkey_semantic_cache_embedding_model valkey_semantic_cache_index_name
+    gcs_path_service_account semantic_cache_scope valkey_semantic_cache_embedding_model
+    valkey_semantic_cache_index_name
     """
 )

@@ -8,8 +8,9 @@ from typing import Final
 
 from ..errors import did_you_mean
 from ..routing.fields import switch
+from ..semantic.settings import MODELS
 from . import known
-from .cache import NAMESPACE, read_cache, redis_connection
+from .cache import IN_REDIS, NAMESPACE, read_cache, redis_connection
 from .parts import Parts
 from .router import NAMES, read_router, set_option
 from .values import Section
@@ -31,6 +32,7 @@ _TO_ROUTER: Final = {
 _HTTP: Final = {"ssl_verify": "verify", "ssl_certificate": "cert"}
 _LISTS: Final = ("callbacks", "success_callback", "failure_callback")
 _BATCHED: Final = "batch_redis_requests"
+_EMBEDDING: Final = "text-embedding-ada-002"  # LiteLLM's own default
 _SETTINGS: Final = (
     *_TO_ROUTER,
     *_HTTP,
@@ -190,14 +192,16 @@ def _cache(section: Section, parts: Parts, environ: Environ, *, batched: bool) -
     inner = Section(section.values, section.at("cache_params"), _without_null(params, section))
     given = read_cache(inner, parts, environ, switch="cache: true")
     for name, value in ttls.items():
-        if value is not None and (name != "default_redis_ttl" or given["type"] == "redis"):
+        if value is not None and (name != "default_redis_ttl" or given["type"] in IN_REDIS):
             given.setdefault(name, value)
             parts.cache_origins.setdefault(name, section.at(name))
     if given["type"] == "local" and "default_in_memory_ttl" in given:
         given["ttl"] = given.pop("default_in_memory_ttl")
         path = parts.cache_origins.get("default_in_memory_ttl", inner.at("default_in_memory_ttl"))
         parts.cache_origins["ttl"] = path
-    if batched and given["type"] == "redis":
+    if given["type"] in ("redis-semantic", "qdrant-semantic") and not (MODELS - {"judge"}) & given.keys():
+        given["embedding_model"] = _EMBEDDING
+    if batched and given["type"] in IN_REDIS:
         given.setdefault("batch_redis_requests", True)
     return given
 

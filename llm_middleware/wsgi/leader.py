@@ -69,7 +69,6 @@ class Leader:
         self.plan = plan
         self.flight = flight
         self.opened = opened
-        self.beside = opened.beside
         self.fallback = opened.fallback
         if exchange.told is not None:
             exchange.told.fallback = self.fallback is not None
@@ -200,7 +199,7 @@ class Leader:
     def _stream(self, first: bytes) -> Iterable[bytes]:
         started, exchange, flight = self.started, self.exchange, self.flight
         detail = None if started.code == 200 else "upstream-error"
-        info = self.plan.miss(detail)
+        info = self.opened.miss(self.plan, detail)
         self.flow.tell(self.plan, info)
         encoded = http.content_encoding(started.headers)
         flight.vary = None if encoded else http.varies(started.headers, exchange.header)
@@ -224,7 +223,7 @@ class Leader:
             self.flow.flights,
             self.plan,
             self.flight,
-            beside=self.beside,
+            opened=self.opened,
             header=self.exchange.header,
             items=self.exchange.told,
         )

@@ -307,12 +307,13 @@ def test_the_routes_of_the_page_are_there():
 
 
 def test_the_response_headers_of_the_page_are_sent(served, upstream):
-    client = served()
-    miss, hit = client.chat(), client.chat()
+    client = served(cache={"type": "semantic", "similarity_threshold": 0.9, "embedding_budget": 60})
+    miss, hit = (client.chat("what is written in every answer") for _ in range(2))
     named = {name for _, here in rows("Response headers") for name in re.findall(r"`(x-llm-[\w-]+)`", here)}
     assert named == {
         "x-llm-cache",
         "x-llm-cache-key",
+        "x-llm-cache-similarity",
         "x-llm-cache-tier",
         "x-llm-deployment",
         "x-llm-model",

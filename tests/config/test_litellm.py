@@ -278,7 +278,7 @@ def test_settings_of_another_type_of_cache_are_told_and_left_out():
     assert config.cache == {"type": "local"}
     assert [note.rpartition(".")[2] for note in config.notes] == [
         f"{name}: a cache of type local does not use it"
-        for name in ("similarity_threshold", "host", "s3_path")
+        for name in ("host", "s3_path", "similarity_threshold")
     ]
 
 
@@ -288,11 +288,10 @@ def test_batched_reads_are_a_callback_of_litellms():
     assert (config.hooks, config.ignored) == ((), ())
 
 
-@pytest.mark.parametrize("kind", ["redis-semantic", "qdrant-semantic", "valkey-semantic"])
-def test_answers_by_similarity_are_refused(kind):
-    [(path, _, message)] = problems(mapped({"type": kind, "similarity_threshold": 0.8}))
+def test_a_store_for_meanings_that_is_not_here_is_refused():
+    [(path, _, message)] = problems(mapped({"type": "valkey-semantic", "similarity_threshold": 0.8}))
     assert path == "litellm_settings.cache_params.type"
-    assert message.startswith(f"{kind}: answers to similar requests are not kept yet")
+    assert message.startswith("valkey-semantic: there is no such store here; expected one of local, ")
 
 
 def test_a_variable_for_the_master_key_is_not_overlooked():
