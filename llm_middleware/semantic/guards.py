@@ -24,10 +24,7 @@ from .words import (
     SYMMETRIC,
 )
 
-__all__ = ["VERSION", "conflict", "conflict_of"]
-
-VERSION = 2
-"""Of the rules: part of what a stored decision depends on."""
+__all__ = ["conflict", "conflict_of"]
 
 # How much of their content words two texts share, before one difference between them tells anything: two
 # wordings of one thing differ in many words, a trap in one.

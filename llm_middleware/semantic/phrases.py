@@ -9,7 +9,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from .words import ENGLISH_MARKS, HOLLOW_NEGATIONS, NEGATORS, NUMBER_WORDS, STOP, TITLES, UNITS, stem
+from .words import (
+    ANTONYMS,
+    ENGLISH_MARKS,
+    HOLLOW_NEGATIONS,
+    NEGATORS,
+    NUMBER_WORDS,
+    PHRASAL,
+    STOP,
+    TITLES,
+    UNITS,
+    stem,
+)
 
 __all__ = ["Phrase", "phrase_of"]
 
@@ -32,6 +43,9 @@ _ORDINALS = frozenset(("st", "nd", "rd", "th"))
 _REPLIES = frozenset(("no", "nope"))
 _AFTER_REPLY = frozenset(",.!")
 _BREAKS = frozenset(("but", "and", "or", "because", "if", "when", "while"))
+_VERBS = frozenset(verb for verb, _ in PHRASAL)
+_PARTICLES = frozenset(particle for _, particle in PHRASAL)
+_OBJECT = 3  # words at most between a verb and its particle
 _REACH = 2  # content words after a negator that it is taken to negate
 
 
@@ -67,9 +81,32 @@ def phrase_of(text: str) -> Phrase:
     return _Reader(unicodedata.normalize("NFKC", _APOSTROPHE.sub("'", text))).phrase(text)
 
 
+def _joined(tokens: list[str]) -> list[str]:
+    """``tokens`` with one word for a verb and its particle: "turn off", and "turn it off" where nothing of
+    the clause follows, so that "turn the page on my site" stays."""
+    words = [token.lower() for token in tokens]
+    if _PARTICLES.isdisjoint(words):
+        return tokens
+    joined, gone = list(tokens), set()
+    for at, word in enumerate(words):
+        verb = stem(word)
+        if verb not in _VERBS:
+            continue
+        for place in range(at + 1, min(at + 2 + _OBJECT, len(words))):
+            if words[place] in _ENDS:
+                break
+            meant = PHRASAL.get((verb, words[place]))
+            ends = place + 1 == len(words) or words[place + 1] in _ENDS
+            if meant is not None and (place == at + 1 or ends):
+                joined[at] = meant
+                gone.add(place)
+                break
+    return [token for at, token in enumerate(joined) if at not in gone]
+
+
 class _Reader:
     def __init__(self, text: str) -> None:
-        self._raw = _TOKEN.findall(text)
+        self._raw = _joined(_TOKEN.findall(text))
         self._quoted = _quoted(text)
         self.tokens: list[str] = []
         self.numbers: list[tuple[float, str, float]] = []
@@ -253,4 +290,6 @@ def _looks_english(words: list[str]) -> bool:
         return False
     if not all(map(str.isascii, words)) and sum(map(str.isascii, words)) < 0.8 * len(words):
         return False
-    return len(words) < 4 or any(word.lower() in ENGLISH_MARKS for word in words)
+    lower = [word.lower() for word in words]
+    # Commands have few small words: "increase font size vscode".
+    return len(words) < 4 or any(word in ENGLISH_MARKS or stem(word) in ANTONYMS for word in lower)

@@ -18,6 +18,7 @@ __all__ = [
     "NEGATORS",
     "NOT_PREFIXED",
     "NUMBER_WORDS",
+    "PHRASAL",
     "PREFIXES",
     "QUESTION_WORDS",
     "STOP",
@@ -109,6 +110,12 @@ def _units() -> dict[str, tuple[str, float]]:
 ANTONYMS = _antonyms()
 CLASSES = {stem(word): kind for word, kind in _map("classes").items()}
 """Words of which each stands for another thing: two of one class conflict."""
+PHRASAL = {
+    (stem(verb), particle): word
+    for pair, word in _map("phrasal").items()
+    for verb, particle in [pair.split("-")]
+}
+"""(verb, particle): the one word for what they mean together."""
 UNITS = _units()
 NUMBER_WORDS = {word: float(value) for word, value in _map("number_words").items()}
 QUESTION_WORDS = {form: kind for word, kind in _map("question_words").items() for form in (word, stem(word))}

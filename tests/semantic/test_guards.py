@@ -51,6 +51,31 @@ COMPATIBLE = [
 ]
 
 VERDICTS = [
+    # two words that mean one thing together, the second perhaps behind an object
+    (
+        "turn on two-factor auth",
+        "disable two-factor auth",
+        "opposite:enabl!=disabl",
+        "opposite:disabl!=enabl",
+    ),
+    (
+        "increase font size vscode",
+        "reduce font size vscode",
+        "opposite:increas!=reduc",
+        "opposite:reduc!=increas",
+    ),
+    ("How do I turn it off?", "How do I switch it on?", "opposite:disabl!=enabl", "opposite:enabl!=disabl"),
+    (
+        "turn the lamp off, please",
+        "enable the lamp please",
+        "opposite:disabl!=enabl",
+        "opposite:enabl!=disabl",
+    ),
+    ("How do I turn on dark mode?", "How do I enable dark mode?", None, None),
+    ("logging in to the app", "logging out of the app", "opposite:login!=logout", "opposite:logout!=login"),
+    ("opt in to emails", "opt out of emails", "opposite:optin!=optout", "opposite:optout!=optin"),
+    ("turn the page on my site", "turn the page of my site", None, None),
+    ("deactivate my card", "turn on my card", "opposite:deactivat!=enabl", "opposite:enabl!=deactivat"),
     # both deny: what either may deny is compared, not the next word
     ("My parcel label did not print.", "Why doesn't the parcel label print", None, None),
     ("Why did the lamp not light up?", "Why didn't the lamp light up?", None, None),
@@ -136,13 +161,13 @@ VERDICTS = [
     ),
     (
         "How far is it from bed to desk?",
-        "How far is it from desk to bed?",
+        "How far is it from my desk to my bed?",
         "order:bed,desk",
         "order:desk,bed",
     ),
     (
-        "Ann Lake has the solo on 5 songs, with Loud Cat singer Bob Hill having the solo on the rest.",
-        "Bob Hill has the solo on five songs, with Loud Cat singer Ann Lake on the rest solo.",
+        "Ann Lake played the horn on 5 songs, with Loud Cat hornist Bob Hill playing horn on the rest.",
+        "Bob Hill played the horn on five songs, with Loud Cat Hornist Ann Lake on the rest horn.",
         "order:lak,hill",
         "order:hill,lak",
     ),
