@@ -87,6 +87,7 @@ _USED = {
     "S3 table": ("boto3", "obstore", "moto"),
     "Router table": ("aiohttp", "redis", "hiredis"),
     "Sub-app table": ("uvicorn", "uvloop", "httptools", "gunicorn", "starlette", "werkzeug", "aiohttp"),
+    "Semantic table": ("numpy",),
 }
 
 
