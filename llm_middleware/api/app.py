@@ -168,6 +168,9 @@ def _functions(hooks: object) -> Sequence[Hook]:
     return hooks
 
 
+_AS_ROUTER: Final = ("http", "providers", "default_litellm_params", "timeout")
+
+
 def _models_of_cache(config: Config, router: Router) -> Router:
     """The Router that has the models which a semantic cache asks. What is in no list is a provider's name."""
     given = config.cache or {}
@@ -178,7 +181,8 @@ def _models_of_cache(config: Config, router: Router) -> Router:
     if not missing:
         return router
     added = [{"model_name": name, "litellm_params": {"model": name}} for name in missing]
-    return Router([*config.model_list, *added])
+    same = {name: config.router[name] for name in _AS_ROUTER if name in config.router}
+    return Router([*config.model_list, *added], **same)  # type: ignore[arg-type]
 
 
 def _cache(config: Config, router: Router) -> CacheManager:

@@ -7,6 +7,7 @@ goes on.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._ports.protocol import Port
@@ -17,6 +18,7 @@ from .fastlane import no_header
 from .flight import ABANDONED, Flight, FlightTable
 from .keeper import Keeper
 from .lookup import Header, Lookup, Opened
+from .memo import Memo
 from .peers import Peers
 from .plan import Plan
 from .reporter import Reporter
@@ -49,6 +51,7 @@ class Flow:
         self.semantic = semantic
         self.keeper = Keeper(settings, tiers, clock, reporter, semantic)
         self.flights = FlightTable()
+        self._by_meaning: Memo[str, bool] = Memo(10_000, 1 << 30)  # keys that were answered so
         self.now = self.lookup.now
         self.tell = self.reporter.tell
         self.tell_found = self.reporter.tell_found
@@ -75,6 +78,10 @@ class Flow:
             if opened.found is None:
                 opened.flight, opened.leads = self.flights.solo(plan.key), True
             return opened
+        if self._by_meaning.get(plan.key):  # those who ask it at once need not wait for one another
+            await self._seek(port, plan, header, opened)
+            if opened.found is not None:
+                return opened
         flight, leads = self.flights.join(self._flight_key(plan))
         if leads and flight.joinable:
             try:
@@ -83,6 +90,8 @@ class Flow:
                 self._abandon(flight)
                 raise
             if opened.found is not None:
+                if opened.found.like is not None:
+                    self._by_meaning.put(plan.key, True)
                 self._abandon(flight)
                 return opened
         opened.flight, opened.leads = flight, leads
@@ -92,7 +101,7 @@ class Flow:
         """A stored answer, to this question or to one of the same meaning, or None."""
         found = await self.lookup.find(port, plan)
         opened = Opened(found)
-        await self._seek(port, plan, no_header, opened)
+        await self._seek(port, replace(plan, store=False), no_header, opened)  # no answer comes of it
         return opened.found
 
     async def _lead(
@@ -117,6 +126,8 @@ class Flow:
     async def _seek(self, port: Port, plan: Plan, header: Header, opened: Opened) -> None:
         """Where there is no answer to this question, look for one to another of the same meaning."""
         if self.semantic is None or opened.found is not None or opened.beside is not None:
+            return
+        if opened.sought is not None:  # before the lead
             return
         if plan.lookup and plan.form is not None:
             opened.sought = await self.semantic.find(port, plan, header)

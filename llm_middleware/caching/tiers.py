@@ -244,6 +244,14 @@ class Tiers:
                 found[key] = entry, self.tier
         return found
 
+    async def gone(self, port: Port, key: str) -> bool:
+        """Whether the last tier has no such entry; raises what the store raises, and `StoreError` where it
+        is not asked."""
+        if self.store is None:
+            assert self.memory is not None
+            return self.memory.get(key) is None
+        return await self._ask(port, "get", key) is None
+
     # --- writing
 
     async def set(self, port: Port, plan: Plan, entry: Entry, kept_for: float | None) -> bool:

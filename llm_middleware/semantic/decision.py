@@ -47,6 +47,8 @@ class Policy:
     """Standard deviations that a probability is taken lower for not being known better."""
     learning: int = 100
     """Labels before the first hit."""
+    shadow: bool = False
+    """Nothing is served; what would be is judged, within the budget."""
     check_rate: float = 0.02
     """The share of would-be hits that are judged instead of served, once a few dozen were."""
 
@@ -89,23 +91,35 @@ class Learnt:
 
 
 def decide(
-    text: str, neighbours: Sequence[Neighbour], state: State, policy: Policy, random: Random
+    text: str,
+    neighbours: Sequence[Neighbour],
+    state: State,
+    policy: Policy,
+    random: Random,
+    *,
+    teaches: bool = True,
+    unjudged: float = 0.0,
 ) -> Decision:
     """What to do with ``text``, whose neighbours in its scope are ``neighbours``, best first. Counts one
-    look-up."""
+    look-up, unless there will be no fresh answer to learn from (``teaches``): such look-ups cost nothing, and
+    with many of them anybody could lower the bar. ``unjudged``: comparisons that gave no label."""
     near = [one for one in neighbours if one.similarity >= policy.floor]
     asked = phrase_of(text)
     found, passed, why = _candidate(near, asked)
     if found is None:
-        state.seen(0.0)
+        if teaches:
+            state.seen(0.0)
         return Decision("miss", None, 0.0, neighbours[0].similarity if neighbours else 0.0, why)
     vector = _vector(found, near, passed, policy.floor, asked)
     offset, doubt = _history(found)
     mean, variance = state.judge(vector)
     sure = sigmoid(mean + offset - policy.caution * sqrt(variance + doubt))
     probability = sure * (1.0 - _LAPSE)
-    state.seen(probability)
-    action, reason = _action(probability, state, policy, random)
+    if teaches:
+        state.seen(probability)
+        action, reason = _action(probability, state, policy, random, unjudged)
+    else:
+        action, reason = _untaught(probability, state, policy)
     return Decision(action, found, probability, near[0].similarity, reason, tuple(vector), offset, text)
 
 
@@ -153,9 +167,9 @@ def _told(neighbour: Neighbour) -> tuple[float, float]:
 
 
 def _action(
-    probability: float, state: State, policy: Policy, random: Random
+    probability: float, state: State, policy: Policy, random: Random, unjudged: float
 ) -> tuple[Literal["hit", "miss", "explore"], str]:
-    affordable = state.labels < policy.judge_budget / 1000.0 * (state.lookups + 1.0)
+    affordable = state.labels + unjudged < policy.judge_budget / 1000.0 * (state.lookups + 1.0)
     if state.labels < policy.learning:
         return ("explore", "learning") if affordable else ("miss", "budget")
     if not state.passes(probability, policy.safety * policy.max_error_rate):
@@ -163,7 +177,19 @@ def _action(
     state.hits += 1
     if random.random() < max(policy.check_rate, 50.0 / (state.hits + 50.0)) and affordable:
         return "explore", "check"
+    if policy.shadow:
+        return ("explore", "check") if affordable else ("miss", "shadow")
     return "hit", "match"
+
+
+def _untaught(
+    probability: float, state: State, policy: Policy
+) -> tuple[Literal["hit", "miss", "explore"], str]:
+    if state.labels < policy.learning:
+        return "miss", "learning"
+    if not state.passes(probability, policy.safety * policy.max_error_rate):
+        return "miss", "uncertain"
+    return ("miss", "shadow") if policy.shadow else ("hit", "match")
 
 
 def learn(state: State, decision: Decision, fits: bool) -> Learnt:

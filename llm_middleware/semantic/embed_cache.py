@@ -136,55 +136,57 @@ class CachedEmbedder:
             self._count("late")
         return vector
 
-    def start(self, port: Port, text: str) -> Pending:
-        """Ask for a text's vector, beside the caller. At once: what is known is there when this returns."""
-        vector = self._known.get(text, _weight(text))
+    def start(self, port: Port, text: str, whose: str = "") -> Pending:
+        """Ask for a text's vector, beside the caller. At once: what is known is there when this returns.
+        ``whose``: nobody else learns from the time it takes that the text was asked."""
+        name = f"{whose}\0{text}" if whose else text
+        vector = self._known.get(name, _weight(text))
         if vector is not None:
             self._count("hits")
             return Pending(vector)
         table = self._pending.mine()
         fresh = Pending()
-        while (pending := table.setdefault(text, fresh)) is not fresh:
+        while (pending := table.setdefault(name, fresh)) is not fresh:
             if time.monotonic() - pending.begun < _LONGEST_CALL:
                 self._count("joined")
                 return pending
-            _forget(table, text, pending)  # its event loop ended before it began, or its thread hangs
-        vector = self._known.get(text, _weight(text))
+            _forget(table, name, pending)  # its event loop ended before it began, or its thread hangs
+        vector = self._known.get(name, _weight(text))
         if vector is not None:  # a call for it ended while we came
-            self._end(text, fresh, vector, None)
+            self._end(name, fresh, vector, None)
         elif not _room(table) or not self._breaker.allow():
             self._count("refused")
-            self._end(text, fresh, None, EmbeddingError(f"{self.id}: not asked, it fails or is busy"))
+            self._end(name, fresh, None, EmbeddingError(f"{self.id}: not asked, it fails or is busy"))
         else:
             self._count("calls")
-            self._spawn(port, text, fresh)
+            self._spawn(port, text, fresh, name)
         return fresh
 
-    def _spawn(self, port: Port, text: str, pending: Pending) -> None:
+    def _spawn(self, port: Port, text: str, pending: Pending, name: str) -> None:
         try:
-            port.spawn(lambda: self._call(port, text, pending))
+            port.spawn(lambda: self._call(port, text, pending, name))
         except RuntimeError as exc:  # no more threads
             self._breaker.failed()
             self._count("failed")
-            self._end(text, pending, None, exc)
+            self._end(name, pending, None, exc)
 
-    async def _call(self, port: Port, text: str, pending: Pending) -> None:
+    async def _call(self, port: Port, text: str, pending: Pending, name: str) -> None:
         try:
             vector = await self._ask(port, text)
         except UnfitTextError as exc:
             self._breaker.succeeded()
-            self._end(text, pending, None, exc)
+            self._end(name, pending, None, exc)
         except Exception as exc:
             self._breaker.failed()
             self._count("failed")
-            self._end(text, pending, None, exc)
+            self._end(name, pending, None, exc)
         except BaseException as exc:  # the event loop ends; others may wait in other threads
-            self._end(text, pending, None, exc)
+            self._end(name, pending, None, exc)
             raise
         else:
             self._breaker.succeeded()
-            self._known.put(text, vector, _weight(text, vector))
-            self._end(text, pending, vector, None)
+            self._known.put(name, vector, _weight(text, vector))
+            self._end(name, pending, vector, None)
 
     async def _ask(self, port: Port, text: str) -> bytes:
         try:

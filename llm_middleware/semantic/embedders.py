@@ -13,6 +13,7 @@ import json
 import logging
 import math
 import sys
+import threading
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from inspect import isawaitable, iscoroutinefunction
@@ -22,6 +23,7 @@ from .._drive import run_sync
 from .._ports.faces import SYNC, async_port
 from .._ports.protocol import Port
 from ..errors import ConfigError, LLMMiddlewareError
+from .aside import apart
 
 __all__ = [
     "CallableEmbedder",
@@ -45,6 +47,7 @@ _WINDOWS: Mapping[str, int] = {
     "text-embedding-ada-002": 8191,
 }
 _SPECIAL_TOKENS = 2  # that models put around a text
+_MOST_CALLS = 64  # of a function at a time; those that hang count
 _LONGEST_CALL = 5.0  # seconds; who asked has gone on long before
 
 
@@ -223,6 +226,7 @@ class CallableEmbedder(TwoFaced):
         named = getattr(function, "__qualname__", None) or type(function).__qualname__
         super().__init__(options.pop("id", None) or f"callable:{named}", **options)
         self._function = function
+        self._calls = threading.BoundedSemaphore(_MOST_CALLS)
         self._is_async = iscoroutinefunction(function) or iscoroutinefunction(
             getattr(function, "__call__", None)  # noqa: B004 - an object with an async __call__
         )
@@ -232,13 +236,26 @@ class CallableEmbedder(TwoFaced):
         if self._is_async:
             given = await port.call(self._function, texts)
         else:
-            given = await port.blocking(self._function, texts)
+            given = await self._apart(port, texts)
             if isawaitable(given):
                 awaitable = given
                 given = await port.call(lambda: awaitable)
         if isinstance(given, (str, bytes)) or not isinstance(given, Iterable):
             raise EmbeddingError(f"{self.id}: expected a list of vectors, got {type(given).__name__}")
         return [unit(vector) for vector in given]
+
+    def _called(self, texts: list[str]) -> object:
+        try:
+            return self._function(texts)
+        finally:
+            self._calls.release()
+
+    async def _apart(self, port: Port, texts: list[str]) -> object:
+        """What the function returns. One that hangs must not hold the threads of an event loop, which are
+        few and the host's own, nor be called again and again."""
+        if not self._calls.acquire(blocking=False):
+            raise EmbeddingError(f"{self.id}: {_MOST_CALLS} calls have not returned")
+        return await apart(port, self._called, texts)
 
 
 def callable_embedder(

@@ -204,7 +204,7 @@ class _Reader:
         for number, line in self._lines():
             try:
                 row = json.loads(line)
-            except ValueError as exc:
+            except (ValueError, RecursionError) as exc:
                 self.count += 1
                 self._wrong(number, f"not JSON: {exc}")
                 continue

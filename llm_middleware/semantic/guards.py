@@ -49,7 +49,7 @@ def conflict(a: Phrase, b: Phrase) -> str | None:
         and a.operators == b.operators
         and a.quoted == b.quoted
     ):
-        return None
+        return _layout(a.text, b.text)
     found = _numbers(a, b) or _strings(a, b)
     if found or not (a.english and b.english):
         return found
@@ -57,6 +57,18 @@ def conflict(a: Phrase, b: Phrase) -> str | None:
 
 
 # ---- every script
+
+
+def _layout(a: str, b: str) -> str | None:
+    """The same words on lines that are indented otherwise: code, or a list in a list. No embedder sees it."""
+    ours, theirs = _indents(a), _indents(b)
+    return f"layout:{ours}!={theirs}" if len(ours) == len(theirs) and ours != theirs else None
+
+
+def _indents(text: str) -> list[int]:
+    lines = [line for line in text.expandtabs(4).splitlines() if line.strip()]
+    indents = [len(line) - len(line.lstrip()) for line in lines]
+    return [indent - min(indents) for indent in indents]
 
 
 def _numbers(a: Phrase, b: Phrase) -> str | None:

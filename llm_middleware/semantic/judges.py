@@ -20,6 +20,7 @@ from .._drive import run_sync
 from .._ports.faces import SYNC, async_port
 from .._ports.protocol import Port
 from ..errors import ConfigError
+from .aside import apart
 from .embed_cache import CachedEmbedder
 from .embedders import UnfitTextError
 from .guards import conflict_of
@@ -148,35 +149,11 @@ class CallableJudge:
         return await self._judge(async_port(), pair)
 
     async def _judge(self, port: Port, pair: Pair) -> bool | None:
-        said = await (port.call if self._is_async else partial(_apart, port))(self._function, pair)
+        said = await (port.call if self._is_async else partial(apart, port))(self._function, pair)
         if isawaitable(said):
             awaitable = said
             said = await port.call(lambda: awaitable)
         return said if isinstance(said, bool) else None
-
-
-async def _apart(port: Port, function: Callable[[Pair], object], pair: Pair) -> object:
-    """What the function returns. Judges are slow: in the threads of an event loop, which are few, they would
-    hold up the embeddings of requests, and the host's own work."""
-    if port is SYNC:
-        return function(pair)
-    waiter = port.waiter()
-    said: list[object] = []
-    failed: list[BaseException] = []
-
-    async def work() -> None:
-        try:
-            said.append(function(pair))
-        except BaseException as exc:
-            failed.append(exc)
-        finally:
-            waiter.wake()
-
-    SYNC.spawn(work)
-    await waiter.wait()
-    if failed:
-        raise failed[0]
-    return said[0]
 
 
 _PROMPT = (

@@ -16,6 +16,7 @@ from random import Random
 
 from .._ports.protocol import Port
 from ..errors import CorruptEntryError
+from ..stores.per_process import PerProcess
 from .calibration import State
 from .decision import Decision, Learnt, Policy, decide, learn, report
 from .indexing import Index
@@ -42,11 +43,29 @@ class Family:
         self.base = self.state.to_bytes()  # what of it others have too
         self.lookups = self.labels = 0.0  # at the last sharing
         self.shared_at = time.monotonic()
+        self.pause = 0.0  # seconds until it is tried again, after it failed
         self.sharing: float | None = None  # since when somebody shares
+        self.tried: tuple[bytes, bytes] | None = None  # what may have been written, though nobody said so
+        self.unjudged = 0  # comparisons of this process that gave no label
 
-    def decide(self, text: str, neighbours: Sequence[Neighbour], policy: Policy, random: Random) -> Decision:
+    def decide(
+        self,
+        text: str,
+        neighbours: Sequence[Neighbour],
+        policy: Policy,
+        random: Random,
+        *,
+        teaches: bool = True,
+    ) -> Decision:
         with self.lock:
-            return decide(text, neighbours, self.state, policy, random)
+            return decide(
+                text, neighbours, self.state, policy, random, teaches=teaches, unjudged=self.unjudged
+            )
+
+    def not_judged(self) -> None:
+        """A comparison gave no label: it counts in the budget all the same."""
+        with self.lock:
+            self.unjudged += 1
 
     def learn(self, decision: Decision, fits: bool) -> Learnt:
         with self.lock:
@@ -62,7 +81,13 @@ class Family:
         with self.lock:
             new = self.state.labels - self.labels
             waited = now - self.shared_at >= _SECONDS and self.state.lookups != self.lookups
-            return self._free(now) and (new >= _LABELS or waited)
+            pause = now - self.shared_at >= self.pause
+            return self._free(now) and pause and self._worth() and (new >= _LABELS or waited)
+
+    def _worth(self) -> bool:
+        """Whether anything was learnt: look-ups alone teach nothing, and of any name that a request makes up
+        there would be a state for ever."""
+        return self.state.labels > 0 or self.state.checks > 0
 
     def _free(self, now: float) -> bool:
         return self.sharing is None or now - self.sharing >= _LOST
@@ -76,14 +101,15 @@ class Family:
                 self.sharing = now
             return free
 
-    def ends(self) -> None:
+    def ends(self, *, shared: bool = True) -> None:
         with self.lock:
+            self.pause = 0.0 if shared else _SECONDS
             self.sharing, self.shared_at = None, time.monotonic()
 
     def changed(self) -> bool:
         """Whether there is anything that others do not have."""
         with self.lock:
-            return self.state.to_bytes() != self.base
+            return self._worth() and self.state.to_bytes() != self.base
 
 
 def _state(name: str, stored: bytes | None) -> State:
@@ -101,8 +127,13 @@ class Families:
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self._known: OrderedDict[str, Family] = OrderedDict()
+        # In a forked child nothing: what its parent learnt, its parent shares.
+        self._families: PerProcess[OrderedDict[str, Family]] = PerProcess(OrderedDict)
         self._lock = threading.Lock()
+
+    @property
+    def _known(self) -> OrderedDict[str, Family]:
+        return self._families.mine()
 
     async def of(self, port: Port, name: str) -> Family:
         """The family of this name; at first from the index, which may raise."""
@@ -114,26 +145,34 @@ class Families:
         loaded = Family(name, await self._index.state(port, name))
         with self._lock:
             family = self._known.setdefault(name, loaded)
-            if len(self._known) > _MOST:
-                self._known.popitem(last=False)
-            return family
+            gone = self._known.popitem(last=False)[1] if len(self._known) > _MOST else None
+        if gone is not None and gone.changed():
+            port.spawn(lambda: self.share(port, gone))
+        return family
 
     async def share(self, port: Port, family: Family) -> None:
         """Merge with what other processes have learnt, unless that is being done; nothing is lost where it
         fails."""
         if not family.begins():
             return
+        shared = False
         try:
             for _ in range(_ATTEMPTS):
                 stored = await self._index.state(port, family.name)
+                if family.tried is not None and stored == family.tried[0]:
+                    await port.blocking(_adopt, family, *family.tried)  # it was written the last time
                 merged, mine = await port.blocking(_merged, family, stored)
-                if await self._index.keep_state(port, family.name, merged, stored):
+                family.tried = merged, mine
+                shared = await self._index.keep_state(port, family.name, merged, stored)
+                if shared:
                     await port.blocking(_adopt, family, merged, mine)
+                family.tried = None
+                if shared:
                     return
         except Exception as exc:
             logger.debug("a semantic cache could not share what it learnt: %s", exc)
         finally:
-            family.ends()
+            family.ends(shared=shared)
 
     async def close(self, port: Port) -> None:
         """Share what others do not have yet."""

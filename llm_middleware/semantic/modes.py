@@ -26,7 +26,7 @@ _AGAIN = 60.0  # seconds until a threshold that was not found is looked for agai
 
 class Mode(Protocol):
     async def decide(
-        self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour]
+        self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour], *, teaches: bool = True
     ) -> Decision: ...
 
 
@@ -44,7 +44,9 @@ class Static:
         self._lock = threading.Lock()
         self._measure_at = 0.0
 
-    async def decide(self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour]) -> Decision:
+    async def decide(
+        self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour], *, teaches: bool = True
+    ) -> Decision:
         if self.threshold is None:
             if self._due():
                 port.spawn(lambda: self.measure(port))
@@ -80,15 +82,14 @@ class Verified:
 
     def __init__(self, families: Families, policy: Policy, *, shadow: bool = False, seed: int | None = None):
         self.families = families
-        self.policy = policy
-        self._shadow = shadow
+        self.policy = replace(policy, shadow=shadow)
         self._random = Random(seed)
 
-    async def decide(self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour]) -> Decision:
+    async def decide(
+        self, port: Port, family: str, text: str, neighbours: Sequence[Neighbour], *, teaches: bool = True
+    ) -> Decision:
         known = await self.families.of(port, family)
-        decision = known.decide(text, neighbours, self.policy, self._random)
+        decision = known.decide(text, neighbours, self.policy, self._random, teaches=teaches)
         if known.due():
             port.spawn(lambda: self.families.share(port, known))
-        if self._shadow and decision.action == "hit":
-            return replace(decision, action="explore", reason="check")
         return decision

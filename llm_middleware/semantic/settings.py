@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
@@ -103,7 +104,7 @@ def _number(
                 raise _fail(name, expected, value) from None
         if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
             raise _fail(name, expected, value)
-        if above and number in (low, high):
+        if (above and number in (low, high)) or number > sys.float_info.max:
             raise _fail(name, expected, value)
         return float(number)
 
@@ -152,6 +153,12 @@ def _index(name: str, value: object) -> object:
     return value
 
 
+def _router(name: str, value: object) -> object:
+    if value is not None and not hasattr(value, "__contains__"):
+        raise _fail(name, "a Router", value)
+    return value
+
+
 _share = _number("a share over 0 and under 1", 0.0, 1.0, above=True, optional=True)
 
 _CHECKS: Mapping[str, Callable[[str, object], object]] = {
@@ -165,6 +172,7 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "embedding_timeout": _number("seconds > 0", 0.0, math.inf, above=True),
     "embedding_max_tokens": _whole,
     "embedding_dimensions": _whole,
+    "router": _router,
     "context": _context,
     "question_field": _text,
     "vector_index": _index,
@@ -173,6 +181,7 @@ _CHECKS: Mapping[str, Callable[[str, object], object]] = {
     "index_path": _text,
     "qdrant_api_base": _text,
     "qdrant_api_key": _text,
+    "qdrant_quantization_config": _text,
 }
 
 NAMES: Final = tuple(setting.name for setting in fields(SemanticSettings))

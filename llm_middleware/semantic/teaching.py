@@ -3,14 +3,17 @@ it."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .._ports.protocol import Port
 from ..caching.fastlane import select
+from ..caching.memo import Memo
 from ..types import Clock
 from .answers import answer_text
 from .decision import Decision
@@ -24,6 +27,18 @@ if TYPE_CHECKING:
     from ..caching.tiers import Tiers
 
 __all__ = ["Teacher"]
+
+
+def _with(decision: Decision, told: Mapping[str, object] | None) -> Decision:
+    """``decision``, whose neighbour's payload has what was written ``told`` since it was read."""
+    near = decision.neighbour
+    if near is None or told is None:
+        return decision
+    was, now = near.row.payload.get("not"), told.get("not")
+    blocked = [name for names in (was, now) if isinstance(names, list) for name in names]
+    payload = {**near.row.payload, **told, **({"not": list(dict.fromkeys(blocked))} if blocked else {})}
+    return replace(decision, neighbour=replace(near, row=replace(near.row, payload=payload)))
+
 
 _JUDGING = 60.0  # seconds that a judge may take
 _LOST = 2 * _JUDGING  # after which nobody judges any more: an event loop ended, or the process was forked
@@ -42,6 +57,7 @@ class Teacher:
         self._index, self._tiers, self._clock, self._tally = index, tiers, clock, tally
         self._served: OrderedDict[str, tuple[str, float]] = OrderedDict()
         self._judging: dict[object, float] = {}  # since when
+        self._told: Memo[str, Mapping[str, object]] = Memo(1000, 1 << 30)  # payloads, as written last
         self._lock = threading.Lock()
 
     def begin(self, port: Port, plan: Plan, family: str, decision: Decision, body: bytes) -> None:
@@ -76,14 +92,21 @@ class Teacher:
         try:
             fits = await self._verdict(port, plan, decision, body)
             self._tally.add("unjudged" if fits is None else "judged-right" if fits else "judged-wrong")
-            if fits is not None:
+            if fits is None:
+                await self._unjudged(port, family)
+            else:
                 await self._learn(port, plan, family, decision, fits=fits)
             self._tally.worked("judging")
         except Exception as exc:
             self._tally.add("judge-error")
+            await self._unjudged(port, family)
             self._tally.failed(exc, "judging")
         finally:
             self._ended(turn)
+
+    async def _unjudged(self, port: Port, family: str) -> None:
+        with contextlib.suppress(Exception):
+            (await self.families.of(port, family)).not_judged()
 
     async def _verdict(self, port: Port, plan: Plan, decision: Decision, body: bytes) -> bool | None:
         assert decision.neighbour is not None
@@ -98,6 +121,8 @@ class Teacher:
     async def _stored_text(self, port: Port, plan: Plan, key: str) -> str | None:
         entry, tier = await self._tiers.get(port, plan.kind, key)
         if entry is None:
+            if await self._tiers.gone(port, key):
+                await self._index.remove(port, [key])
             return None
         for stream in (False, True):
             found = select(entry, replace(plan, stream=stream), self._clock(), tier)
@@ -108,8 +133,12 @@ class Teacher:
     async def _learn(self, port: Port, plan: Plan, family: str, decision: Decision, *, fits: bool) -> None:
         assert decision.neighbour is not None
         known = await self.families.of(port, family)
-        learnt = known.learn(decision, fits)
-        await self._index.update(port, decision.neighbour.row.key, learnt.payload)
+        key = decision.neighbour.row.key
+        with self._lock:  # what others judged of this row meanwhile is not to be lost
+            decision = _with(decision, self._told.get(key))
+            learnt = known.learn(decision, fits)
+            self._told.put(key, learnt.payload)
+        await self._index.update(port, key, learnt.payload)
         if learnt.group is not None:
             await self._index.update(port, plan.key, {"group": learnt.group})
         if known.due():

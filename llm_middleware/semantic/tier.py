@@ -123,7 +123,7 @@ class SemanticTier:
     async def _compare(self, port: Port, plan: Plan, header: Header, sought: Sought, spelling: str) -> None:
         question = sought.question
         assert question is not None
-        sought.pending = self.embedder.start(port, question.text)
+        sought.pending = self.embedder.start(port, question.text, plan.scope)
         vector = await self.embedder.wait(port, sought.pending)
         if vector is None:
             sought.detail = self._why_none(sought.pending.error)
@@ -163,7 +163,8 @@ class SemanticTier:
     ) -> None:
         assert sought.question is not None
         family = self.family(plan.key, plan.kind, plan.model)
-        decision = await self.mode.decide(port, family, sought.question.text, near)
+        teaches = plan.store and not plan.controls.only_if_cached
+        decision = await self.mode.decide(port, family, sought.question.text, near, teaches=teaches)
         sought.decision, sought.detail = decision, _detail(decision.reason)
         if decision.action != "hit":
             return
@@ -192,7 +193,7 @@ class SemanticTier:
             port.spawn(lambda: self._drop(port, key))
             return
         found = select(entry, plan, self._clock(), tier, header)
-        if found is None or found.stale is not None:
+        if found is None or found.stale is not None or not only_text(plan.kind, found.body):
             sought.detail = "unsuitable"
         elif self._shadow:
             sought.detail = "shadow"
@@ -203,7 +204,7 @@ class SemanticTier:
     async def _drop(self, port: Port, key: str) -> None:
         """Remove the row of an answer that is gone; not where its store only fails to say."""
         try:
-            if await self._tiers.read(port, key) is None:
+            if await self._tiers.gone(port, key):
                 await self.index.remove(port, [key])
         except Exception as exc:
             self.tally.failed(exc, "removing")
@@ -247,7 +248,7 @@ class SemanticTier:
             sought.question, sought.scope = question, self._scope(plan, question)
         if answer.status != 200 or not only_text(plan.kind, answer.body):
             return
-        pending = sought.pending or self.embedder.start(port, sought.question.text)
+        pending = sought.pending or self.embedder.start(port, sought.question.text, plan.scope)
         expires = math.inf if kept_for is None else self._clock() + kept_for
         body = answer.body
         if pending.done:
@@ -263,6 +264,10 @@ class SemanticTier:
             if vector is None:
                 return
             assert sought.question is not None
+            if sought.similarity is None and sought.detail != "error":
+                # Nothing was compared: what its own row says is to stay there.
+                near = await self.index.search(port, sought.scope, vector, _NEIGHBOURS)
+                sought.own = next((dict(one.row.payload) for one in near if one.row.key == plan.key), {})
             row = Row(plan.key, sought.scope, sought.question.text, vector, expires, sought.own)
             await self.index.add(port, row, plan.scope)
             self._spellings.put(normal_key(row.scope, row.text, self._secret), plan.key)

@@ -423,7 +423,7 @@ def test_models_of_a_caching_group_share_their_scopes():
         ("\uff37\uff48\uff41\uff54 is this\uff1f", "what is this?"),
         ("café", unicodedata.normalize("NFD", "café")),
         ("one\u00a0two", "one two"),
-        ("one \r\n\r\n two", "one\ntwo"),
+        ("one \r\n\r\ntwo", "one\ntwo"),
         ("法国的首都是哪里\uff1f", "法国的首都是哪里"),
     ],
 )

@@ -93,6 +93,16 @@ def test_targets_that_contradict_each_other(other):
     assert str(caught.value) == ("static_error_target: goes without similarity_threshold and max_error_rate")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("embedding_budget", 10**400), ("router", object()), ("qdrant_quantization_config", {"binary": {}})],
+)
+def test_odd_values_are_refused_by_name(name, value):
+    with pytest.raises(ConfigError) as caught:
+        SemanticSettings(**{name: value})
+    assert caught.value.param == name
+
+
 @pytest.mark.parametrize("static", ["similarity_threshold", "static_error_target"])
 def test_a_judge_has_nothing_to_do_in_static_mode(static):
     with pytest.raises(ConfigError) as caught:
