@@ -1,4 +1,4 @@
-"""What clients see of answers by meaning, on both fronts. Cases C104, C107 and C108."""
+"""What clients see of answers by meaning, on both fronts: C75 and C100 to C108."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from llm_middleware.semantic.answers import answer_text
 from tests.semantic.conftest import (
     PATIENT,
     Counted,
+    Held,
     Upstream,
     asked,
     question_in,
@@ -322,3 +323,90 @@ def test_c107_twenty_at_once(front, stream):
     assert {each.cache for each in replies} == {"semantic-hit"}
     assert embed.calls == [[BRIEFLY], [SLOWLY]]
     assert upstream.calls == 1
+
+
+def image(url: str, text: str) -> dict[str, object]:
+    parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": text}]
+    return talk(("user", parts), ("assistant", "seen"), ("user", "tell me what makes gardens work"))
+
+
+def called(arguments: str) -> dict[str, object]:
+    call = {"id": "c", "type": "function", "function": {"name": "pay", "arguments": arguments}}
+    return {
+        "model": "m",
+        "messages": [
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": "done"},
+            {"role": "user", "content": "tell me what makes gardens work"},
+        ],
+    }
+
+
+def ruled(rule: str) -> dict[str, object]:
+    return talk(("system", rule), ("user", "tell me what makes gardens work"))
+
+
+@pytest.mark.parametrize(
+    ("stored", "other"),
+    [
+        pytest.param(image("http://x/1.png", "look"), image("http://x/2.png", "look"), id="C100 image"),
+        pytest.param(called('{"amount": 10}'), called('{"amount": 99999}'), id="C101 tool arguments"),
+        pytest.param(ruled("Answer in French."), ruled("Answer in German."), id="C102 system prompt"),
+    ],
+)
+def test_c100_c101_c102_what_differs_beside_the_question_parts(client, stored, other):
+    host = client()
+    host.post(stored)
+    turned = {**stored, "messages": [*stored["messages"][:-1], {"role": "user", "content": RIVERS}]}
+    like = {**stored, "messages": [*stored["messages"][:-1], {"role": "user", "content": BRIEFLY}]}
+    assert host.post(like).headers["x-llm-cache"] == "semantic-hit"
+    assert host.post(turned).headers["x-llm-cache"] == "miss"
+    assert host.post(other).headers["x-llm-cache"] == "miss"
+
+
+@pytest.mark.parametrize(
+    ("stored", "other", "rule"),
+    [
+        ("what is gardens 2+2 please", "what is gardens 2+3 please", "veto-number"),
+        ("is it safe to water gardens", "is it not safe to water gardens", "veto-negation"),
+    ],
+)
+def test_c103_guards(client, stored, other, rule):
+    host = client()
+    host.post(asked(stored))
+    miss = host.post(asked(other))
+    assert (miss.headers["x-llm-cache"], miss.headers["cache-status"].rpartition("=")[2]) == ("miss", rule)
+
+
+def test_c105_an_exact_repeat_embeds_nothing(client):
+    embedder = Counted()
+    host = client(embedding_model=embedder)
+    replies = [host.post(asked(BRIEFLY)) for _ in range(3)]
+    assert [reply.headers["x-llm-cache"] for reply in replies] == ["miss", "hit", "hit"]
+    assert embedder.calls == [[BRIEFLY]]
+
+
+@pytest.mark.parametrize("how", ["slow", "down"])
+def test_c106_an_embedder_that_is_slow_or_down_costs_no_request(client, how):
+    held = Held()
+
+    def down(texts: list[str]) -> list[list[float]]:
+        raise OSError("no embedder today")
+
+    host = client(embedding_model=held if how == "slow" else down, embedding_budget=0.05)
+    try:
+        reply = host.post(asked(BRIEFLY))
+    finally:
+        held.release()
+    detail = "embedding-late" if how == "slow" else "embedding-failed"
+    assert (reply.status, reply.headers["x-llm-cache"]) == (200, "miss")
+    assert reply.headers["cache-status"].endswith(f"detail={detail}")
+
+
+def test_c75_what_is_over_is_not_served_to_another_question(client, clock):
+    host = client(clock=clock, ttl=60, ttl_jitter=0)
+    host.post(asked(BRIEFLY))
+    clock.advance(59)
+    assert host.post(asked(SLOWLY)).headers["x-llm-cache"] == "semantic-hit"
+    clock.advance(2)
+    assert host.post(asked(CALMLY)).headers["x-llm-cache"] == "miss"
