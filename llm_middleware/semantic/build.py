@@ -42,8 +42,8 @@ def make_tier(
     tiers: Tiers,
     clock: Clock,
 ) -> SemanticTier:
-    """``kind``: one of `TYPES`. ``cache``, ``connection``: the settings of the cache whose tiers these
-    are."""
+    """``kind``: one of `SEMANTIC` of `caching.backends`. ``cache``, ``connection``: the settings of the cache
+    whose tiers these are."""
     embedder = CachedEmbedder(make_embedder(settings), budget=settings.embedding_budget)
     budget = cache.store_timeout if kind != "qdrant-semantic" else max(_QDRANT_BUDGET, cache.store_timeout)
     # What is in this process or its own file needs no key; what lies in a network may be read by others.
@@ -159,7 +159,7 @@ def make_index(
 
 
 def body_type(kind: str, given: Mapping[str, object]) -> str:
-    """The type of the store that keeps the answers themselves, for a type of `TYPES` and a cache's settings:
+    """The type of the store that keeps the answers themselves, for such a type and a cache's settings:
     for Qdrant a Redis where the settings reach one, else Qdrant too."""
     if kind == "semantic":
         return "disk" if given.get("disk_cache_dir") is not None else "local"

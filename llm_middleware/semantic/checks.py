@@ -1,4 +1,4 @@
-"""What every index that lies in another process checks of rows and queries, without numpy."""
+"""What every index checks of rows and queries, without numpy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from typing import Final
 from ..errors import InvalidRequestError
 from .records import Row
 
-__all__ = ["check_expires", "check_k", "mismatch", "payload_text", "vector_size"]
+__all__ = [
+    "check_expires",
+    "check_floats",
+    "check_k",
+    "check_unit",
+    "mismatch",
+    "payload_text",
+    "vector_size",
+]
 
 _UNIT: Final = 1e-3  # how far from 1 a vector's length may be
 
@@ -19,15 +27,24 @@ _UNIT: Final = 1e-3  # how far from 1 a vector's length may be
 def vector_size(data: bytes, dimensions: int | None) -> int:
     """How many dimensions a vector of unit length has. `InvalidRequestError` (``vector``) where it is no such
     vector, or ``dimensions`` is another number."""
-    if len(data) == 0 or len(data) % 4:
-        raise InvalidRequestError(f"vector: expected float32 values, got {len(data)} bytes", param="vector")
+    check_floats(data)
     vector = array("f", data)
     if dimensions is not None and len(vector) != dimensions:
         raise mismatch(dimensions, len(vector))
-    length = math.hypot(*vector)
+    check_unit(math.hypot(*vector))
+    return len(vector)
+
+
+def check_floats(data: bytes) -> None:
+    """`InvalidRequestError` (``vector``) where these are not the bytes of some float32."""
+    if len(data) == 0 or len(data) % 4:
+        raise InvalidRequestError(f"vector: expected float32 values, got {len(data)} bytes", param="vector")
+
+
+def check_unit(length: float) -> None:
+    """`InvalidRequestError` (``vector``) where this is not the length of a unit vector."""
     if not abs(length - 1) < _UNIT:  # not-a-number too
         raise InvalidRequestError(f"vector: expected unit length, got {length:g}", param="vector")
-    return len(vector)
 
 
 def mismatch(expected: int, got: int) -> InvalidRequestError:

@@ -16,11 +16,10 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
 
 from ..errors import ConfigError, CorruptEntryError, InvalidRequestError
 from ..types import Clock
-from .checks import check_expires, check_k, mismatch, payload_text
+from .checks import check_expires, check_floats, check_k, check_unit, mismatch, payload_text
 from .records import Neighbour, Row
 from .states import States
 
@@ -36,8 +35,6 @@ except ImportError as exc:
 __all__ = ["NumpyIndex"]
 
 logger = logging.getLogger("llm_middleware")
-
-_UNIT: Final = 1e-3  # how far from 1 a vector's length may be
 
 
 class NumpyIndex:
@@ -223,16 +220,11 @@ class NumpyIndex:
             raise mismatch(self._dimensions, dimensions)
 
     def _vector(self, data: bytes) -> Matrix:
-        if len(data) == 0 or len(data) % 4:
-            raise InvalidRequestError(
-                f"vector: expected float32 values, got {len(data)} bytes", param="vector"
-            )
+        check_floats(data)
         vector = np.frombuffer(data, "<f4").astype(np.float32, copy=False)
         if self._dimensions is not None and len(vector) != self._dimensions:
             raise mismatch(self._dimensions, len(vector))
-        length = math.sqrt(float(np.dot(vector, vector)))
-        if not abs(length - 1) < _UNIT:  # not-a-number too
-            raise InvalidRequestError(f"vector: expected unit length, got {length:g}", param="vector")
+        check_unit(math.sqrt(float(np.dot(vector, vector))))
         return vector
 
 

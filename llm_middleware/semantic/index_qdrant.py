@@ -31,11 +31,11 @@ from ..stores.qdrant_points import (
     to_wire,
 )
 from ..types import Clock
+from .checks import check_expires, check_floats, check_k, check_unit, payload_text
 from .records import Neighbour, Row
 
 __all__ = ["QdrantIndex"]
 
-_UNIT: Final = 1e-3  # how far from 1 a vector's length may be
 _INDEXES: Final[Mapping[str, object]] = {
     "scope": {"type": "keyword", "is_tenant": True},
     "namespace": "keyword",
@@ -197,8 +197,7 @@ class _Rows:
         return await self._points.set_payload(chosen, {"payload": _json(payload)})
 
     async def search(self, scope: str, vector: bytes, k: int) -> list[Neighbour]:
-        if k < 1:
-            raise InvalidRequestError(f"k: expected a number >= 1, got {k!r}", param="k")
+        check_k(k)
         values, now = _values(vector), self._clock()
         await self._check(len(values))
         request = {
@@ -281,19 +280,14 @@ class _Rows:
 
 
 def _values(vector: bytes) -> tuple[float, ...]:
-    if len(vector) == 0 or len(vector) % 4:
-        message = f"vector: expected float32 values, got {len(vector)} bytes"
-        raise InvalidRequestError(message, param="vector")
+    check_floats(vector)
     values = struct.unpack(f"<{len(vector) // 4}f", vector)
-    length = math.hypot(*values)
-    if not abs(length - 1) < _UNIT:  # not-a-number too
-        raise InvalidRequestError(f"vector: expected unit length, got {length:g}", param="vector")
+    check_unit(math.hypot(*values))
     return values
 
 
 def _payload(row: Row) -> dict[str, object]:
-    if math.isnan(row.expires):
-        raise InvalidRequestError("expires: expected seconds since the epoch, got nan", param="expires")
+    check_expires(row)
     return {
         "key": to_wire(row.key),
         "scope": row.scope,
@@ -306,10 +300,7 @@ def _payload(row: Row) -> dict[str, object]:
 
 def _json(payload: Mapping[str, object]) -> str:
     """As text: it comes back as it went in, whatever Qdrant makes of numbers and of surrogates."""
-    try:
-        return json.dumps(dict(payload), separators=(",", ":"))
-    except (TypeError, ValueError, RecursionError) as exc:
-        raise InvalidRequestError(f"payload: expected JSON: {exc}", param="payload") from exc
+    return payload_text(payload) or "{}"
 
 
 def _neighbour(point: Mapping[str, Any], scope: str) -> Neighbour:

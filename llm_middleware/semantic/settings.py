@@ -13,9 +13,7 @@ from typing import Any, Final
 
 from ..errors import ConfigError
 
-__all__ = ["LITELLM_NAMES", "MODELS", "NAMES", "TYPES", "SemanticSettings", "read_settings"]
-
-TYPES: Final = ("semantic", "redis-semantic", "qdrant-semantic")
+__all__ = ["LITELLM_NAMES", "MODELS", "NAMES", "SemanticSettings", "read_settings"]
 
 _DEFAULT_ERROR: Final = 0.01
 
