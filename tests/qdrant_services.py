@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import select
 import ssl
-import subprocess
 import sys
 import tempfile
 import threading
@@ -21,20 +19,20 @@ from typing import Any
 
 from qdrant_client import QdrantClient
 
+from tests.services import telling_port
+
 __all__ = ["API_KEY", "QdrantServer", "answering", "qdrant_server"]
 
 ROOT = Path(__file__).parents[1]
 API_KEY = "key-of-qdrant-7f3a"
 START_S = 60.0
-STOP_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class QdrantServer:
-    """A running server. ``process``: to end it early."""
+    """A running server."""
 
     port: int
-    process: subprocess.Popen[str]
     api_key: str = API_KEY
 
     @property
@@ -76,31 +74,10 @@ def qdrant_server(*options: str) -> Iterator[QdrantServer]:
     # In memory where that can be had: the engine waits for its disk, and nothing there is worth keeping.
     place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     with (
-        tempfile.TemporaryFile("w+") as log,
         tempfile.TemporaryDirectory(prefix="qdrant-", dir=place) as home,
+        telling_port(command, {**os.environ, "TMPDIR": home}, ROOT) as (port, _),
     ):
-        environment = {**os.environ, "TMPDIR": home}
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, cwd=ROOT
-        )
-        try:
-            yield QdrantServer(_port(process, log.fileno()), process)
-        finally:
-            process.kill()
-            process.wait(STOP_S)
-            assert process.stdout is not None
-            process.stdout.close()
-
-
-def _port(process: subprocess.Popen[str], log: int) -> int:
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], START_S)
-    line = process.stdout.readline() if ready else ""
-    if not line:
-        process.kill()
-        process.wait(STOP_S)
-        raise RuntimeError(f"no qdrant server:\n{os.pread(log, 1 << 20, 0).decode('utf-8', 'replace')}")
-    return int(line)
+        yield QdrantServer(port)
 
 
 @contextlib.contextmanager

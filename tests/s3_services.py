@@ -7,7 +7,6 @@ Both keep what they are given until they are stopped.
 from __future__ import annotations
 
 import os
-import select
 import subprocess
 import sys
 import tempfile
@@ -20,11 +19,11 @@ from typing import Any
 import boto3
 import pytest
 
+from tests.services import telling_port
+
 __all__ = ["S3Server", "clean_environment", "moto", "moto_server", "swift", "swift_server"]
 
 TESTS = Path(__file__).parent
-START_S = 60.0
-STOP_S = 10.0
 
 # Prints its port once it listens. Its own log lines go to stderr.
 _MOTO = """
@@ -147,7 +146,7 @@ def swift() -> Iterator[S3Server]:
 
 @contextmanager
 def moto_server() -> Iterator[S3Server]:
-    with _running([sys.executable, "-c", _MOTO]) as (port, pid):
+    with telling_port([sys.executable, "-c", _MOTO], clean_environment(), TESTS) as (port, pid):
         yield S3Server("moto", f"http://127.0.0.1:{port}", "key-of-moto", "secret-of-moto", pid)
 
 
@@ -162,10 +161,18 @@ def swift_server() -> Iterator[S3Server]:
     python = home / "bin" / "python"
     with (
         tempfile.TemporaryDirectory(prefix="swift") as data,
-        _running([python, "-c", _SWIFT, data]) as started,
+        telling_port([python, "-c", _SWIFT, data], clean_environment(), TESTS) as (port, pid),
     ):
-        port, pid = started
         yield S3Server("swift", f"http://127.0.0.1:{port}", "test:tester", "testing", pid)
+
+
+def without_aws(patch: pytest.MonkeyPatch) -> None:
+    """Make this process's environment a `clean_environment`."""
+    clean = clean_environment()
+    for name in set(os.environ) - set(clean):
+        patch.delenv(name)
+    for name, value in clean.items():
+        patch.setenv(name, value)
 
 
 def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -174,31 +181,3 @@ def clean_environment(environment: Mapping[str, str] = os.environ) -> dict[str, 
     kept = {name: value for name, value in environment.items() if not name.startswith("AWS_")}
     nowhere = dict.fromkeys(("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"), os.devnull)
     return {**kept, **nowhere, "AWS_EC2_METADATA_DISABLED": "true", "NO_PROXY": "127.0.0.1"}
-
-
-@contextmanager
-def _running(command: list[str | Path]) -> Iterator[tuple[int, int]]:
-    """Start a server that prints its port, and stop it by its pid; yields the port and the pid."""
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=log, env=clean_environment(), text=True, cwd=TESTS
-        )
-        try:
-            yield _port(process, log.fileno()), process.pid
-        finally:
-            process.kill()  # nothing of theirs is worth saving
-            process.wait(STOP_S)
-            assert process.stdout is not None
-            process.stdout.close()
-
-
-def _port(process: subprocess.Popen[str], log: int) -> int:
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], START_S)
-    line = process.stdout.readline() if ready else ""
-    if not line:
-        process.kill()
-        process.wait(STOP_S)
-        said = os.pread(log, 1 << 20, 0).decode("utf-8", "replace")
-        raise RuntimeError(f"a server did not start:\n{said}")
-    return int(line)

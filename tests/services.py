@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import shutil
 import signal
 import socket
@@ -17,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ import trustme
 HOST = "127.0.0.1"
 PATIENCE = 30.0  # seconds for a server to come up, a replica to follow, a failover to end
 
+_START = 60.0  # seconds for a server that brings much with it
 _REDIS = ("--bind", HOST, "--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0")
 
 
@@ -50,6 +52,30 @@ def wait_for(condition: Callable[[], object], what: str) -> object:
             trouble = exc
         tick.wait(0.005)
     raise AssertionError(f"not in {PATIENCE} s: {what}") from trouble
+
+
+@contextlib.contextmanager
+def telling_port(
+    command: Sequence[str | Path], environment: Mapping[str, str], directory: Path
+) -> Iterator[tuple[int, int]]:
+    """Start a server that prints its port, and kill it at the end: nothing of it is worth saving. Yields the
+    port and the pid."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=environment, text=True, cwd=directory
+        )
+        assert process.stdout is not None
+        try:
+            ready, _, _ = select.select([process.stdout], [], [], _START)
+            line = process.stdout.readline() if ready else ""
+            if not line:
+                said = os.pread(log.fileno(), 1 << 20, 0).decode("utf-8", "replace")
+                raise RuntimeError(f"a server did not start:\n{said}")
+            yield int(line), process.pid
+        finally:
+            process.kill()
+            process.wait(PATIENCE)
+            process.stdout.close()
 
 
 def program(name: str, package: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,11 +41,7 @@ def redis(shared_redis: RedisServer) -> RedisServer:
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of this machine's is a setting."""
-    clean = s3_services.clean_environment()
-    for name in set(os.environ) - set(clean):
-        monkeypatch.delenv(name)
-    for name, value in clean.items():
-        monkeypatch.setenv(name, value)
+    s3_services.without_aws(monkeypatch)
 
 
 Front = Callable[..., Client]

@@ -4,7 +4,6 @@ namespace, what is over; on both faces."""
 from __future__ import annotations
 
 import base64
-import os
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -38,11 +37,7 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    clean = s3_services.clean_environment()
-    for name in set(os.environ) - set(clean):
-        monkeypatch.delenv(name)
-    for name, value in clean.items():
-        monkeypatch.setenv(name, value)
+    s3_services.without_aws(monkeypatch)
 
 
 Make = Callable[..., CacheManager]

@@ -22,6 +22,7 @@ from llm_middleware.stores.qdrant_http import QdrantHTTP
 from llm_middleware.types import AsyncStore, Store
 from tests.qdrant_services import API_KEY, QdrantServer, answering, qdrant_server
 from tests.services import FaultProxy, free_port
+from tests.stores.on_loop import OnLoop
 
 AMPLE = 30.0  # seconds for a request where the machine may be busy
 SHORT = 0.5  # and where none will be answered
@@ -31,40 +32,6 @@ SHORT = 0.5  # and where none will be answered
 def server() -> Iterator[QdrantServer]:
     with qdrant_server() as server:
         yield server
-
-
-class OnLoop:
-    """The async face of a store, as a sync one."""
-
-    tier = "qdrant"
-
-    def __init__(self, store: QdrantStore, runner: asyncio.Runner) -> None:
-        self._store = store
-        self._run = runner.run
-
-    def get(self, key: str) -> bytes | None:
-        return self._run(self._store.aget(key))
-
-    def set(self, key: str, value: bytes, ttl: float | None) -> None:
-        self._run(self._store.aset(key, value, ttl))
-
-    def delete(self, keys: list[str]) -> int:
-        return self._run(self._store.adelete(keys))
-
-    def flush(self, namespace: str) -> int:
-        return self._run(self._store.aflush(namespace))
-
-    def heads(self, namespace: str, cursor: str | None, size: int) -> object:
-        return self._run(self._store.aheads(namespace, cursor, size))
-
-    def purge_expired(self) -> int:
-        return self._run(self._store.apurge_expired())
-
-    def ping(self) -> dict[str, object]:
-        return self._run(self._store.aping())
-
-    def close(self) -> None:
-        self._run(self._store.aclose())
 
 
 @pytest.fixture(params=["sync", "async"])

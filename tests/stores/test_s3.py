@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import http.server
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from llm_middleware.stores import s3, s3_fast
 from llm_middleware.stores.s3 import S3Settings, S3Store
 from llm_middleware.types import AsyncStore, Clock, Store
 from tests import s3_services
-from tests.s3_services import S3Server, clean_environment
+from tests.s3_services import S3Server, without_aws
+from tests.stores.on_loop import OnLoop
 
 moto, swift = s3_services.moto, s3_services.swift  # fixtures
 
@@ -43,47 +43,9 @@ def key(number: int, namespace: str = "llm") -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def environment() -> Iterator[None]:
-    clean = clean_environment()
     with pytest.MonkeyPatch.context() as patch:
-        for name in set(os.environ) - set(clean):
-            patch.delenv(name)
-        for name, value in clean.items():
-            patch.setenv(name, value)
+        without_aws(patch)
         yield
-
-
-class OnLoop:
-    """The async face of a store, each call run on one event loop."""
-
-    tier = "s3"
-
-    def __init__(self, store: S3Store, runner: asyncio.Runner) -> None:
-        self._store = store
-        self._run = runner.run
-
-    def get(self, key: str) -> bytes | None:
-        return self._run(self._store.aget(key))
-
-    def set(self, key: str, value: bytes, ttl: float | None) -> None:
-        self._run(self._store.aset(key, value, ttl))
-
-    def delete(self, keys: list[str]) -> int:
-        return self._run(self._store.adelete(keys))
-
-    def flush(self, namespace: str) -> int:
-        return self._run(self._store.aflush(namespace))
-
-    def heads(self, namespace: str, cursor: str | None, size: int) -> object:
-        return self._run(self._store.aheads(namespace, cursor, size))
-
-    def purge_expired(self) -> int:
-        return self._run(self._store.apurge_expired())
-
-    def ping(self) -> dict[str, object]:
-        return self._run(self._store.aping())
-
-    def close(self) -> None:
-        self._run(self._store.aclose())
 
 
 class Stores:
