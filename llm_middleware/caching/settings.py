@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from types import MappingProxyType
 
 from ..errors import ConfigError, did_you_mean
 from .admission import REASONS
+from .checked import boolean, choice, fail, function, number, path, text, whole
 from .controls import Controls, merge
 from .endpoints import kind_of
 from .environ import resolved
@@ -109,66 +108,20 @@ class CacheSettings:
         object.__setattr__(self, "policy", MappingProxyType({**REASONS, **self.admission}))
 
 
-def _fail(name: str, expected: str, value: object) -> ConfigError:
-    return ConfigError(f"{name}: expected {expected}, got {value!r}", param=name)
-
-
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|inf", re.IGNORECASE)
-_WHOLE = re.compile(r"\+?[0-9]+")
-_BOOLEANS = {"true": True, "false": False, "1": True, "0": False}
-
-
-def _number(expected: str, low: float, high: float = math.inf) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        number = value
-        if isinstance(value, str) and _NUMBER.fullmatch(value.strip()):
-            number = float(value)
-        if isinstance(number, bool) or not isinstance(number, (int, float)) or not low <= number <= high:
-            raise _fail(name, expected, value)
-        try:
-            return float(number)
-        except OverflowError:
-            raise _fail(name, expected, "a number without end") from None
-
-    return check
-
-
 def _ttl(name: str, value: object) -> object:
-    return None if value is None else _number("seconds >= 0 or None", 0)(name, value)
-
-
-def _whole(expected: str, low: int) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        number = value
-        if isinstance(value, str) and len(value) < 20 and _WHOLE.fullmatch(value.strip()):
-            number = int(value)
-        if isinstance(number, bool) or not isinstance(number, int) or number < low:
-            raise _fail(name, expected, value)
-        return number
-
-    return check
+    return None if value is None else number("seconds >= 0 or None", 0)(name, value)
 
 
 def _flush_size(name: str, value: object) -> object:
-    return None if value is None else _whole("a number of entries >= 1 or None", 1)(name, value)
-
-
-def _choice(*choices: str) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        if value not in choices:
-            hint = did_you_mean(value, choices)
-            raise ConfigError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}", param=name)
-        return next(choice for choice in choices if choice == value)  # of an enum of text, its text
-
-    return check
+    return None if value is None else whole("a number of entries >= 1 or None", 1)(name, value)
 
 
 def _names(name: str, value: object) -> object:
     if isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise _fail(name, "a list of names", value)
+        raise fail(name, "a list of names", value)
     names = tuple(value)
     if not all(isinstance(item, str) for item in names):
-        raise _fail(name, "a list of names", value)
+        raise fail(name, "a list of names", value)
     return names
 
 
@@ -176,82 +129,59 @@ def _names_or_none(name: str, value: object) -> object:
     return None if value is None else _names(name, value)
 
 
-def _boolean(name: str, value: object) -> bool:
-    flag = _BOOLEANS.get(value.strip().lower()) if isinstance(value, str) else value
-    if not isinstance(flag, bool):
-        raise _fail(name, "True or False", value)
-    return flag
-
-
-def _text(name: str, value: object) -> object:
-    if not isinstance(value, str) or not value:
-        raise _fail(name, "a string that is not empty", value)
-    return value
-
-
-def _path(name: str, value: object) -> object:
-    return _text(name, str(value) if isinstance(value, Path) else value)
-
-
 def _secret(name: str, value: object) -> object:
     if isinstance(value, str):
         value = value.encode()
     if value is not None and (not isinstance(value, bytes) or not value):
-        raise _fail(name, "bytes or a string that is not empty", "...")  # never show a secret
-    return value
-
-
-def _function(name: str, value: object) -> object:
-    if value is not None and not callable(value):
-        raise _fail(name, "a function", value)
+        raise fail(name, "bytes or a string that is not empty", "...")  # never show a secret
     return value
 
 
 def _policy(name: str, value: object) -> object:
     if not isinstance(value, Mapping):
-        raise _fail(name, "a mapping of reason code to True or False", value)
+        raise fail(name, "a mapping of reason code to True or False", value)
     for reason in value:
-        _choice(*REASONS)(f"{name}.{reason}", reason)
-    stored = {reason: _boolean(f"{name}.{reason}", stored) for reason, stored in value.items()}
+        choice(*REASONS)(f"{name}.{reason}", reason)
+    stored = {reason: boolean(f"{name}.{reason}", stored) for reason, stored in value.items()}
     return MappingProxyType(stored)
 
 
-_seconds = _number("seconds >= 0", 0)
-_bytes = _whole("a number of bytes >= 0", 0)
+_seconds = number("seconds >= 0", 0)
+_bytes = whole("a number of bytes >= 0", 0)
 _LONGEST = 1e9  # seconds: some thirty years, where servers and waits take any number at all
 
 _CHECKS: Mapping[str, Callable[[str, object], object]] = {
-    "enabled": _boolean,
+    "enabled": boolean,
     "ttl": _ttl,
-    "ttl_jitter": _number("a share from 0 to 1", 0, 1),
+    "ttl_jitter": number("a share from 0 to 1", 0, 1),
     "stale_while_revalidate": _seconds,
     "stale_if_error": _seconds,
-    "namespace": _text,
-    "mode": _choice("default_on", "default_off"),
+    "namespace": text,
+    "mode": choice("default_on", "default_off"),
     "supported_call_types": _names_or_none,
-    "share": _choice("caller", "all"),
+    "share": choice("caller", "all"),
     "ignore_fields": _names,
-    "image_content": _function,
-    "key": _function,
-    "admit": _function,
+    "image_content": function,
+    "key": function,
+    "admit": function,
     "admission": _policy,
     "secret": _secret,
-    "on_disconnect": _choice("auto", "cancel", "finish"),
+    "on_disconnect": choice("auto", "cancel", "finish"),
     "max_bytes": _bytes,
     "max_entry_bytes": _bytes,
     "max_body_bytes": _bytes,
-    "disk_cache_dir": _path,
-    "memory_tier": _boolean,
+    "disk_cache_dir": path,
+    "memory_tier": boolean,
     "default_in_memory_ttl": _seconds,
     "default_in_redis_ttl": _ttl,
     "default_redis_ttl": _ttl,
     "compress_above": _bytes,
     "store_timeout": _seconds,
     "redis_flush_size": _flush_size,
-    "redis_flush_interval": _number("seconds > 0", math.ulp(0.0), _LONGEST),
-    "batch_redis_requests": _boolean,
-    "single_flight": _choice("shared", "process"),
-    "single_flight_lease": _number("seconds >= 0.1", 0.1, _LONGEST),
+    "redis_flush_interval": number("seconds > 0", math.ulp(0.0), _LONGEST),
+    "batch_redis_requests": boolean,
+    "single_flight": choice("shared", "process"),
+    "single_flight_lease": number("seconds >= 0.1", 0.1, _LONGEST),
     "single_flight_wait": _seconds,
 }
 

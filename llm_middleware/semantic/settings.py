@@ -4,13 +4,13 @@ every cache. LiteLLM's names of the same things are read too."""
 from __future__ import annotations
 
 import math
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any, Final
 
+from ..caching.checked import boolean, choice, fail, number, or_none, path, whole
 from ..errors import ConfigError
 
 __all__ = ["LITELLM_NAMES", "MODELS", "NAMES", "SemanticSettings", "read_settings"]
@@ -84,102 +84,52 @@ class SemanticSettings:
         return alone or self.static_error_target is not None
 
 
-def _fail(name: str, expected: str, value: object) -> ConfigError:
-    return ConfigError(f"{name}: expected {expected}, got {value!r}", param=name)
-
-
-def _number(
-    expected: str, low: float, high: float, *, above: bool = False, optional: bool = False
-) -> Callable[[str, object], object]:
-    def check(name: str, value: object) -> object:
-        if value is None and optional:
-            return None
-        number = value
-        if isinstance(value, str):
-            try:
-                number = float(value)
-            except ValueError:
-                raise _fail(name, expected, value) from None
-        if isinstance(number, bool) or not isinstance(number, int | float) or not low <= number <= high:
-            raise _fail(name, expected, value)
-        if (above and number in (low, high)) or number > sys.float_info.max:
-            raise _fail(name, expected, value)
-        return float(number)
-
-    return check
-
-
-def _whole(name: str, value: object) -> object:
-    if value is None:
-        return None
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdecimal() else value
-    if type(number) is not int or number < 1:
-        raise _fail(name, "a whole number >= 1", value)
-    return number
-
-
-def _flag(name: str, value: object) -> bool:
-    known = {"true": True, "1": True, "false": False, "0": False}
-    flag = known.get(value.strip().lower()) if isinstance(value, str) else value
-    if not isinstance(flag, bool):
-        raise _fail(name, "True or False", value)
-    return flag
-
-
-def _text(name: str, value: object) -> object:
-    if value is not None and (not isinstance(value, str | os.PathLike) or not str(value)):
-        raise _fail(name, "a string that is not empty", value)
-    return None if value is None else str(value)
-
-
-def _context(name: str, value: object) -> object:
-    if value not in ("all", "questions"):
-        raise _fail(name, "one of ['all', 'questions']", value)
-    return value
-
-
 def _model(name: str, value: object) -> object:
     embeds = callable(value) or hasattr(value, "embed") or hasattr(value, "aembed")
     if not embeds and (not isinstance(value, str) or not value):
-        raise _fail(name, "a model's name, a function or an embedder", value)
+        raise fail(name, "a model's name, a function or an embedder", value)
     return value
 
 
 def _index(name: str, value: object) -> object:
     if value is not None and not (hasattr(value, "search") or hasattr(value, "asearch")):
-        raise _fail(name, "a vector index", value)
+        raise fail(name, "a vector index", value)
     return value
 
 
 def _router(name: str, value: object) -> object:
     if value is not None and not hasattr(value, "__contains__"):
-        raise _fail(name, "a Router", value)
+        raise fail(name, "a Router", value)
     return value
 
 
-_share = _number("a share over 0 and under 1", 0.0, 1.0, above=True, optional=True)
+_positive = number("seconds > 0", math.ulp(0.0), sys.float_info.max)
+_cosine = number("a cosine from 0 to 1", 0.0, 1.0)
+_share = or_none(number("a share over 0 and under 1", math.ulp(0.0), math.nextafter(1.0, 0.0)))
+_count = whole("a whole number >= 1", 1)
+_name = or_none(path)
 
 _CHECKS: Mapping[str, Callable[[str, object], object]] = {
-    "similarity_threshold": _number("a cosine from 0 to 1", 0.0, 1.0, optional=True),
+    "similarity_threshold": or_none(_cosine),
     "max_error_rate": _share,
     "static_error_target": _share,
-    "shadow": _flag,
-    "judge_budget": _number("calls per thousand, 0 to 1000", 0.0, 1000.0),
+    "shadow": boolean,
+    "judge_budget": number("calls per thousand, 0 to 1000", 0.0, 1000.0),
     "embedding_model": _model,
-    "embedding_budget": _number("seconds > 0", 0.0, math.inf, above=True),
-    "embedding_timeout": _number("seconds > 0", 0.0, math.inf, above=True),
-    "embedding_max_tokens": _whole,
-    "embedding_dimensions": _whole,
+    "embedding_budget": _positive,
+    "embedding_timeout": _positive,
+    "embedding_max_tokens": or_none(_count),
+    "embedding_dimensions": or_none(_count),
     "router": _router,
-    "context": _context,
-    "question_field": _text,
+    "context": choice("all", "questions"),
+    "question_field": _name,
     "vector_index": _index,
-    "index_name": _text,
-    "index_bytes": _whole,
-    "index_path": _text,
-    "qdrant_api_base": _text,
-    "qdrant_api_key": _text,
-    "qdrant_quantization_config": _text,
+    "index_name": _name,
+    "index_bytes": _count,
+    "index_path": _name,
+    "qdrant_api_base": _name,
+    "qdrant_api_key": _name,
+    "qdrant_quantization_config": _name,
 }
 
 NAMES: Final = tuple(setting.name for setting in fields(SemanticSettings))
