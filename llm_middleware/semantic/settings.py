@@ -98,7 +98,7 @@ def _index(name: str, value: object) -> object:
 
 
 def _router(name: str, value: object) -> object:
-    if value is not None and not hasattr(value, "__contains__"):
+    if value is not None and not (hasattr(value, "__contains__") and hasattr(value, "models")):
         raise fail(name, "a Router", value)
     return value
 

@@ -95,7 +95,12 @@ def test_targets_that_contradict_each_other(other):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("embedding_budget", 10**400), ("router", object()), ("qdrant_quantization_config", {"binary": {}})],
+    [
+        ("embedding_budget", 10**400),
+        ("router", object()),
+        ("router", {1: 2}),
+        ("qdrant_quantization_config", {"binary": {}}),
+    ],
 )
 def test_odd_values_are_refused_by_name(name, value):
     with pytest.raises(ConfigError) as caught:
